@@ -1,0 +1,27 @@
+"""What all tests share: seeds, one thread, and the optional real data."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Directory of real data; tests that need it skip where it is absent."""
+    path = Path(os.environ.get("TUNER_SHARED", ROOT.parent / "shared")) / "data"
+    if not path.is_dir():
+        pytest.skip(f"no real data at {path}; set TUNER_SHARED to try it")
+    return path
+
+
+@pytest.fixture
+def tuner_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for a test that must not see the user's."""
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

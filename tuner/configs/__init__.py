@@ -1,0 +1,1 @@
+"""Presets: recipes and the models that fill them in."""

@@ -1,0 +1,1 @@
+"""The runner: strategy, loop, hooks, checkpoints."""
