@@ -1,0 +1,129 @@
+"""Paths that begin with `demo:`: files that are made once, from a seed, and kept in the user's cache."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import UserError
+
+PREFIX = "demo:"
+NAMES = ("model", "train.jsonl", "heldout.jsonl", "text.jsonl")
+SEED = 0
+NUM_TRAIN = 4000
+NUM_HELDOUT = 160
+NUM_PARAGRAPHS = 3000
+MODEL_CONFIG: dict[str, Any] = {
+    "architectures": ["InternLM2ForCausalLM"],
+    "bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 640,
+    "max_position_embeddings": 2048,
+    "model_type": "internlm2",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": True,
+}
+
+
+def resolve(path: str) -> str:
+    """`demo:NAME` -> the real path of a file that is made at first use; any other path as it is."""
+    if not path.startswith(PREFIX):
+        return path
+    name = path.removeprefix(PREFIX)
+    if name not in NAMES:
+        allowed = ", ".join(PREFIX + known for known in NAMES)
+        raise UserError(f"There is no {path!r}: the embedded demo has {allowed}.")
+    directory = cache_root() / f"demo-{_fingerprint()}"
+    if not directory.is_dir():
+        _make(directory)
+    return str(directory / name)
+
+
+def cache_root() -> Path:
+    """$TUNER_CACHE, or ~/.cache/tuner."""
+    given = os.environ.get("TUNER_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "tuner"
+
+
+def _fingerprint() -> str:
+    """A hash of all that decides the content: this package's source and the tokenizer trainer."""
+    import sentencepiece
+
+    digest = hashlib.sha256(f"{sentencepiece.__version__} {SEED}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _make(directory: Path) -> None:
+    """Write everything beside the directory, then rename: a half-made one is never seen."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".demo-", dir=directory.parent))
+    try:
+        _write_all(unfinished)
+        unfinished.rename(directory)
+    except OSError:
+        if not directory.is_dir():  # otherwise another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_all(directory: Path) -> None:
+    from tuner.demo.dialogues import dialogues  # here, so that other paths resolve at no cost
+    from tuner.demo.plain_text import paragraphs
+    from tuner.demo.tokenizer import VOCAB_SIZE, write_tokenizer
+
+    train = dialogues(NUM_TRAIN, "train", SEED)
+    text = paragraphs(NUM_PARAGRAPHS, SEED)
+    _write_rows(train, directory / "train.jsonl")
+    _write_rows(dialogues(NUM_HELDOUT, "heldout", SEED), directory / "heldout.jsonl")
+    _write_rows(text, directory / "text.jsonl")
+    model = directory / "model"
+    model.mkdir()
+    config = {**MODEL_CONFIG, "vocab_size": VOCAB_SIZE}
+    (model / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_tokenizer(_tokenizer_lines(train, text), model)
+
+
+def _write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _tokenizer_lines(train: list[dict[str, Any]], text: list[dict[str, str]]) -> Iterator[str]:
+    """What the tokenizer learns from: turns and calls as a template writes them, schemas, paragraphs."""
+    for row in train:
+        functions = [tool["function"] for tool in row.get("tools", ()) if "function" in tool]
+        yield json.dumps(functions, ensure_ascii=False)
+        for message in row["messages"]:
+            role = "environment name=" if message["role"] == "tool" else message["role"]
+            yield f"{role}\n{message['content']}"
+            yield from (_call_text(call) for call in message.get("tool_calls", ()))
+    for row in text:
+        yield from row["text"].split("\n")
+
+
+def _call_text(call: dict[str, Any]) -> str:
+    if call["type"] == "code_interpreter":
+        return f"```python\n{call['code_interpreter']['input']}\n```"
+    function = call["function"]
+    named = {"name": function["name"], "parameters": json.loads(function["arguments"])}
+    return json.dumps(named, ensure_ascii=False)

@@ -1,0 +1,44 @@
+"""What a language must bring to the demo's world: names, requests, replies."""
+
+from dataclasses import dataclass
+
+Lines = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """All text of one language; lists that name the same things have the same order in every language."""
+
+    code: str
+    cities: Lines
+    days: Lines  # the value of the argument `day`
+    day_phrases: Lines  # the same days as they stand in a sentence
+    conditions: Lines
+    weekdays: Lines  # Monday first
+    months: Lines
+    titles: Lines
+    names: Lines
+    foods: Lines
+    hobbies: Lines
+    date_forms: Lines  # slots: month, m, d
+    morning: str  # clock before noon; slot: h
+    afternoon: str  # clock from noon on; slot: h
+    calculator: dict[str, Lines]  # expression -> requests
+    calculator_answers: Lines
+    weather: Lines
+    weather_answers: Lines
+    add_event: Lines
+    add_event_answers: Lines
+    list_events: Lines
+    list_events_answers: Lines
+    no_events_answers: Lines
+    event_form: str
+    event_join: str
+    interpreter: dict[str, Lines]  # name of a program -> requests
+    interpreter_answers: dict[str, Lines]
+    thoughts: dict[str, Lines]  # tool -> what is said before the call
+    talk: tuple[tuple[str, str], ...]  # request and reply, with slots
+    greetings: tuple[tuple[str, str], ...]  # request and reply, fixed
+    systems: Lines
+    openers: Lines
+    calendar_facts: Lines
