@@ -109,4 +109,3 @@ def dialogues(num_dialogues: int, split: Split, seed: int) -> list[dict[str, Any
     """`num_dialogues` dialogues, the same on every machine for the same seed."""
     rng = random.Random(f"{split} {seed}")
     return [dialogue(rng, split) for _ in range(num_dialogues)]
-

@@ -1,8 +1,10 @@
 """What a language must bring to the demo's world: names, requests, replies."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 Lines = tuple[str, ...]
+Topics = Mapping[str, Lines]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Wording:
     date_forms: Lines  # slots: month, m, d
     morning: str  # clock before noon; slot: h
     afternoon: str  # clock from noon on; slot: h
-    calculator: dict[str, Lines]  # expression -> requests
+    calculator: Topics  # expression -> requests
     calculator_answers: Lines
     weather: Lines
     weather_answers: Lines
@@ -34,9 +36,9 @@ class Wording:
     no_events_answers: Lines
     event_form: str
     event_join: str
-    interpreter: dict[str, Lines]  # name of a program -> requests
-    interpreter_answers: dict[str, Lines]
-    thoughts: dict[str, Lines]  # tool -> what is said before the call
+    interpreter: Topics  # name of a program -> requests
+    interpreter_answers: Topics
+    thoughts: Topics  # tool -> what is said before the call
     talk: tuple[tuple[str, str], ...]  # request and reply, with slots
     greetings: tuple[tuple[str, str], ...]  # request and reply, fixed
     systems: Lines

@@ -10,10 +10,10 @@ from typing import Any
 
 YEAR = 2026
 WORDS = (
-    "planet", "window", "garden", "silver", "music", "river", "orange", "letter", "summer", "bridge", "pencil", "winter",
-    "banana", "castle", "forest", "island", "kitten", "lemon", "market", "number", "ocean", "paper", "rabbit", "school",
-    "table", "velvet", "water", "yellow", "cloud", "dragon",
-)  # fmt: skip
+    "planet", "window", "garden", "silver", "music", "river", "orange", "letter", "summer", "bridge", "pencil",
+    "winter", "banana", "castle", "forest", "island", "kitten", "lemon", "market", "number", "ocean", "paper", "rabbit",
+    "school", "table", "velvet", "water", "yellow", "cloud", "dragon",
+)
 PROGRAMS = {
     "sum": "print(sum(range(1, {n} + 1)))",
     "squares": "print(sum(i * i for i in range(1, {n} + 1)))",
