@@ -1,0 +1,307 @@
+"""The command line: presets, training, conversion and chat; whatever is heavy is imported inside the commands."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+from tuner import __version__
+from tuner.errors import UserError
+
+DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+LIST_FOOTER = """
+CONTEXT is the tokens of a pack. STATE is the memory of weights, gradients and Adam; activations come on top.
+Training runs on one process today: the presets meant for several devices wait for ZeRO-3."""
+SHELLS = ("bash", "zsh", "fish")
+ASSIGNMENT = re.compile(r"[^\W\d][\w.]*=")
+EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """Entry point of the `tuner` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code: 0 done, 2 the user can mend it, 130 Ctrl-C, 1 anything else."""
+    debug = "--debug" in arguments
+    try:
+        code = cli.main(list(arguments), prog_name="tuner", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        else:
+            click.echo(message_of(error), err=True)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_UNEXPECTED
+
+
+def message_of(error: Exception) -> str:
+    """What is printed for an exception in place of its traceback."""
+    if isinstance(error, UserError):
+        return f"Error: {error}"
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line} (run with --debug for the traceback)"
+
+
+def debug_option(command: F) -> F:
+    """`--debug`, accepted before and after the subcommand; `run` reads it."""
+    option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+    return option(command)
+
+
+class ConfigType(click.ParamType):
+    """A preset's name or a config file; completes both."""
+
+    name = "config"
+
+    def __init__(self, *, files: bool) -> None:
+        self.files = files
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Presets that begin with what is typed; else files, where files are allowed."""
+        from tuner.config import PRESETS
+
+        presets = [CompletionItem(name) for name in PRESETS if name.startswith(incomplete)]
+        return presets or ([CompletionItem(incomplete, type="file")] if self.files else [])
+
+
+class SettingType(click.ParamType):
+    """`name=value`; completes the names of the chosen config's settings."""
+
+    name = "setting"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """`lr=` for `l`; nothing while the config is not there yet."""
+        from tuner.config import read_source
+        from tuner.configs.literals import settings
+
+        try:
+            known = settings(read_source(ctx.params.get("config") or ctx.params["preset"]))
+        except UserError:
+            return []
+        return [CompletionItem(f"{name}=") for name in known if name.startswith(incomplete)]
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """`lr=1e-5` -> ("lr", "1e-5")."""
+        name, equals, text = value.partition("=")
+        if not equals or not name:
+            self.fail(f"{value!r} is not of the form name=value.", param, ctx)
+        return name, text
+
+
+class TrainCommand(click.Command):
+    """Gives `--cfg-options` all the values that follow it, and `--resume` an optional one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Rewrite both to forms that click knows."""
+        return super().parse_args(ctx, bind_resume(repeat_cfg_options(args)))
+
+
+def repeat_cfg_options(arguments: Sequence[str]) -> list[str]:
+    """`--cfg-options a=1 b=2` -> `--cfg-options=a=1 --cfg-options=b=2`."""
+    result: list[str] = []
+    taking = False
+    for position, argument in enumerate(arguments):
+        if argument == "--cfg-options":
+            taking = any(ASSIGNMENT.match(following) for following in arguments[position + 1 : position + 2])
+            if not taking:
+                result.append(argument)  # for click to say that its value is missing
+        elif taking and ASSIGNMENT.match(argument):
+            result.append(f"--cfg-options={argument}")
+        else:
+            taking = False
+            result.append(argument)
+    return result
+
+
+def bind_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume` -> `--resume=auto`, unless what follows can be a checkpoint."""
+    result: list[str] = []
+    for argument in arguments:
+        if result and result[-1] == "--resume" and is_checkpoint(argument):
+            result[-1] = f"--resume={argument}"
+        else:
+            result.append(argument)
+    return ["--resume=auto" if argument == "--resume" else argument for argument in result]
+
+
+def is_checkpoint(argument: str) -> bool:
+    """Whether the word after `--resume` is its value, and no option, setting or config."""
+    from tuner.config import PRESETS
+
+    is_config = argument.endswith(".py") or argument in PRESETS
+    return not (argument.startswith("-") or ASSIGNMENT.match(argument) or is_config)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="tuner")
+@debug_option
+def cli() -> None:
+    """Fine-tune causal language models at long context.
+
+    `tuner list-cfg` shows what there is to train; `tuner train internlm2_tiny-sft_full` tries it on a small machine.
+    """
+
+
+@cli.command("list-cfg")
+@click.option("-p", "--pattern", default="", help="Only presets whose line contains this text.")
+@debug_option
+def list_cfg(pattern: str) -> None:
+    """List the presets: what each does, its model, context length and the hardware it is meant for."""
+    from tuner.config import list_presets
+
+    rows = list_presets(pattern)
+    if not rows:
+        raise UserError(f"No preset matches {pattern!r}. `tuner list-cfg` without -p shows all of them.")
+    header = ("PRESET", "WHAT IT DOES", "MODEL", "CONTEXT", "MEANT FOR", "STATE")
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    click.echo(LIST_FOOTER)
+
+
+@cli.command("copy-cfg")
+@click.argument("preset", type=ConfigType(files=False))
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("settings", nargs=-1, type=SettingType(), metavar="[NAME=VALUE]...")
+@debug_option
+def copy_cfg(preset: str, directory: Path, settings: tuple[tuple[str, str], ...]) -> None:
+    """Write PRESET to DIRECTORY/PRESET.py: one self-contained file to read and edit. Never overwrites."""
+    from tuner.config import PRESETS, render
+    from tuner.configs.nearest import nearest
+
+    if preset not in PRESETS:
+        raise UserError(f"Unknown preset {preset}. {nearest(preset, PRESETS)}")
+    source = render(preset, gather(settings))
+    path = directory / f"{preset}.py"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(source)
+    except FileExistsError as error:
+        what = path if path.exists() else directory
+        raise UserError(f"{what} exists already; nothing was written. Choose another directory.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    click.echo(path)
+
+
+@cli.command("train", cls=TrainCommand)
+@click.argument("config", type=ConfigType(files=True), metavar="CONFIG|PRESET")
+@click.argument("settings", nargs=-1, type=SettingType(), metavar="[NAME=VALUE]...")
+@click.option(
+    "--cfg-options",
+    multiple=True,
+    type=SettingType(),
+    metavar="A.B=VALUE ...",
+    help="Change parts of the assembly by their dotted path; several may follow.",
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where logs and checkpoints go.  [default: work_dirs/NAME]",
+)
+@click.option("--resume", metavar="[CKPT]", help="Go on from CKPT, or from the newest checkpoint of the work dir.")
+@click.option("--seed", type=int, help="The same as seed=N.")
+@click.option("--deepspeed", metavar="NAME|FILE", help="Not implemented yet.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["none", "pytorch", "slurm"]),
+    default="none",
+    show_default=True,
+    help="How processes are started; one process is all there is for now.",
+)
+@debug_option
+def train_command(
+    config: str,
+    settings: tuple[tuple[str, str], ...],
+    cfg_options: tuple[tuple[str, str], ...],
+    work_dir: Path | None,
+    resume: str | None,
+    seed: int | None,
+    deepspeed: str | None,
+    launcher: str,
+) -> None:
+    """Train a preset or a config file; NAME=VALUE changes a setting, and what is derived from it follows."""
+    refuse_unimplemented(deepspeed, launcher)
+    from tuner.config import add_options, render
+
+    values = gather([*settings, *([("seed", str(seed))] if seed is not None else [])])
+    source = add_options(render(config, values), gather(cfg_options), config)
+    from tuner.train import train
+
+    train(source, work_dir=work_dir or Path("work_dirs") / Path(config).stem, resume=resume)
+
+
+def refuse_unimplemented(deepspeed: str | None, launcher: str) -> None:
+    """Say so rather than train on one process and look as if it were many."""
+    if deepspeed is not None:
+        raise UserError(f"--deepspeed {deepspeed}: DeepSpeed is not implemented yet; training runs on one process.")
+    if launcher != "none":
+        raise UserError(f"--launcher {launcher}: not implemented yet; training runs on one process, --launcher none.")
+
+
+def gather(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Pairs as a dict; the same name with two values is an error rather than a silent choice."""
+    values: dict[str, str] = {}
+    for name, text in pairs:
+        if values.setdefault(name, text) != text:
+            raise UserError(f"{name} is given twice, as {values[name]} and as {text}. Give it once.")
+    return values
+
+
+@cli.command("convert")
+@click.argument("checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT|WORK_DIR")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default="auto",
+    show_default=True,
+    help="Of the written weights; auto keeps that of the checkpoint.",
+)
+@debug_option
+def convert_command(checkpoint: Path, out: Path, dtype: str) -> None:
+    """Write a trained model to OUT as a Hugging Face directory."""
+    from tuner.convert.to_hf import convert
+
+    click.echo(convert(checkpoint, out, dtype=DTYPES[dtype]))
+
+
+@cli.command("chat")
+@click.argument("model_dir", type=click.Path())
+@click.option("--template", help="Chat template.  [default: found from the directory]")
+@click.option("--system", help="Text of the system turn.")
+@click.option("--tools", type=click.Path(path_type=Path), help="JSON file with function schemas; never executed.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@debug_option
+def chat_command(model_dir: str, **options: Any) -> None:
+    """Talk to a model on the terminal; tool calls are shown and never executed."""
+    from tuner.chat import chat
+
+    chat(model_dir, **options)
+
+
+@cli.command("completion")
+@click.argument("shell", type=click.Choice(SHELLS))
+@debug_option
+def completion(shell: str) -> None:
+    """Print the completion script of a shell: `eval "$(tuner completion bash)"` in ~/.bashrc turns it on."""
+    kind = get_completion_class(shell)
+    assert kind, shell
+    click.echo(kind(cli, {}, "tuner", "_TUNER_COMPLETE").source())

@@ -1,0 +1,196 @@
+"""Names to configs: presets, the resolved source of a run, and dotted options on top of it."""
+
+import ast
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tuner.configs import literals
+from tuner.configs.models import MODELS, Model
+from tuner.configs.nearest import nearest
+from tuner.configs.options import find
+from tuner.errors import UserError
+
+RECIPE_DIR = Path(__file__).parent / "configs" / "recipes"
+RECIPES = {path.stem: path for path in sorted(RECIPE_DIR.glob("*.py"))}
+OPTIONS_HEADING = "# from --cfg-options"
+
+
+class Preset(NamedTuple):
+    """A recipe with the settings of a model filled in."""
+
+    name: str
+    recipe: str
+    model: Model
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the model's row changes in the recipe."""
+        return {**self.model.settings, **self.model.recipes.get(self.recipe, {})}
+
+    @property
+    def source(self) -> str:
+        """The recipe's text with this model's literals."""
+        return literals.replace(RECIPES[self.recipe].read_text(encoding="utf-8"), self.settings, self.name)
+
+
+class Description(NamedTuple):
+    """What `tuner list-cfg` shows of a preset; `state` is the memory of weights, gradients and Adam."""
+
+    name: str
+    summary: str
+    model: str
+    context: str
+    hardware: str
+    state: str
+
+
+PRESETS: dict[str, Preset] = {
+    f"{model}-{recipe}": Preset(f"{model}-{recipe}", recipe, row) for model, row in MODELS.items() for recipe in RECIPES
+}
+
+
+def list_presets(pattern: str = "") -> list[Description]:
+    """A description of each preset whose name or description contains `pattern`, whatever its case."""
+    descriptions = [describe(preset) for preset in PRESETS.values()]
+    return [row for row in descriptions if pattern.lower() in "  ".join(row).lower()]
+
+
+def describe(preset: Preset) -> Description:
+    """One line about a preset, from the recipe's docstring, the model's row and the filled-in settings."""
+    summary, max_length = recipe_facts(preset.recipe)
+    model = preset.model
+    context = str(preset.settings.get("max_length", max_length))
+    return Description(preset.name, summary, model.about, context, model.hardware, f"{model.gigabytes:.1f} GB")
+
+
+@cache
+def recipe_facts(recipe: str) -> tuple[str, object]:
+    """First words of a recipe's docstring, and its own `max_length`."""
+    source = RECIPES[recipe].read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    return docstring.partition(":")[0], literals.settings(source)["max_length"].value
+
+
+def read_source(name_or_path: str | Path) -> str:
+    """The text of a preset or of a config file; an unknown name is a UserError with the nearest presets."""
+    name = str(name_or_path)
+    if name in PRESETS:
+        return PRESETS[name].source
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{name} is a directory; give a config file in it, such as {path / 'config.py'}.")
+    if path.suffix != ".py":
+        raise UserError(f"Unknown preset {name}. {nearest(name, PRESETS)} A config file ends in .py.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"There is no config file {name}. {nearest_file(path)}".rstrip()) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}.") from error
+
+
+def nearest_file(path: Path) -> str:
+    """The files beside a missing one that are named like it."""
+    beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    return nearest(str(path), beside) if beside else "`tuner copy-cfg PRESET DIR` writes one to begin with."
+
+
+def render(name_or_path: str | Path, settings: Mapping[str, object]) -> str:
+    """The runnable text of a preset or file with its literal settings replaced.
+
+    Raises:
+        UserError: unknown preset or setting (with the nearest names), syntax error, value of a wrong type.
+    """
+    source = read_source(name_or_path)
+    literals.parse(source, str(name_or_path))
+    return literals.replace(source, settings, str(name_or_path))
+
+
+def load(path: str | Path) -> Any:
+    """A config file as mmengine's Config; types are imported when they are looked at, not before.
+
+    Raises:
+        UserError: with file and line, for whatever goes wrong in the file.
+    """
+    from mmengine.config import Config
+
+    refuse_inheritance(read_source(path), str(path))
+    try:
+        return Config.fromfile(str(path), lazy_import=True, format_python_code=False)
+    except Exception as error:
+        raise UserError(f"{path}{line_of(error, str(path))}: {type(error).__name__}: {error}") from error
+
+
+def loads(source: str, filename: str = "config.py") -> Any:
+    """`load` for a text that is not in a file yet; `filename` is what error messages call it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.py"
+        path.write_text(source, encoding="utf-8")
+        try:
+            return load(path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), filename)) from error
+
+
+def refuse_inheritance(source: str, filename: str) -> None:
+    """A base file would put what is derived from a setting out of the setting's reach."""
+    for node in ast.walk(literals.parse(source, filename)):
+        if isinstance(node, ast.Name) and node.id in ("_base_", "read_base"):
+            line = node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            line = node.lineno
+        else:
+            continue
+        raise UserError(
+            f"{filename}:{line}: a config of tuner is one self-contained file, without base files or "
+            "relative imports. `tuner copy-cfg PRESET DIR` writes a complete one."
+        )
+
+
+def line_of(error: BaseException, filename: str) -> str:
+    """`:12` where the traceback passes line 12 of the file, else nothing."""
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == filename:
+            line = f":{trace.tb_lineno}"
+        trace = trace.tb_next
+    return line
+
+
+def add_options(source: str, options: Mapping[str, object], filename: str = "config") -> str:
+    """The text with options such as `optim_wrapper.optimizer.lr` written into it.
+
+    A setting's name replaces the literal, so that what is derived follows; a dotted path becomes an assignment at the
+    end of the file. There, what several parts of the assembly share is still one object, and changes in all of them.
+
+    Raises:
+        UserError: a path that leads nowhere (with the nearest names) or a value of another type than the present one.
+    """
+    known = literals.settings(source, filename)
+    source = literals.replace(source, {key: value for key, value in options.items() if key in known}, filename)
+    dotted = {path: value for path, value in options.items() if path not in known}
+    if not dotted:
+        return source
+    config = loads(source, filename)
+    lines = [] if OPTIONS_HEADING in source else ["", OPTIONS_HEADING]
+    for path, given in dotted.items():
+        target = find(config, path)
+        if "." not in path:
+            raise UserError(literals.explain_unknown(path, source, filename, known))
+        lines.append(f"{target.expression} = {literals.write(target.fit(given))}")
+    return source.rstrip("\n") + "\n" + "\n".join(lines) + "\n"
+
+
+def apply_options(config: Any, options: Mapping[str, object]) -> None:
+    """Set dotted paths of a loaded config in place; unknown ones raise as in `add_options`.
+
+    What other parts share or derive keeps its old value, since loading has copied it: `add_options` is the safe way.
+    """
+    for path, given in options.items():
+        target = find(config, path)
+        target.parent[target.key] = target.fit(given)

@@ -1,0 +1,111 @@
+"""Full fine-tuning on conversations: every weight trains, and only the assistant's turns carry loss.
+
+The settings come first; the assembly below uses each of them, so what is derived from a setting follows it.
+`tuner train THIS_FILE lr=1e-5` replaces a setting for one run.
+"""
+
+from torch.optim import AdamW
+
+from tuner.dataset.build import PackedDataset, build_dataloader, build_shards
+from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
+from tuner.engine.loop import TrainLoop
+from tuner.engine.schedule import WarmupCosine
+from tuner.engine.strategy import SingleDevice
+from tuner.method.sft import SFT
+from tuner.model.build import build_llm
+from tuner.model.tokenizer import build_tokenizer
+
+# settings: the model
+model_path = "internlm/internlm2-7b"  # directory, or name on the Hugging Face hub
+weights = "pretrained"  # "pretrained", or "random" to begin from scratch with the model's config.json
+attention = "auto"  # "auto" takes the fastest that runs here: "flash", "varlen" or "sdpa"
+gradient_checkpointing = True  # compute activations again in the backward pass: less memory, about 1/3 more time
+precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
+
+# settings: the data
+data_path: str | list[str] = "train.jsonl"  # file, pattern such as "data/*.jsonl", or a list of them
+data_format = "openai"  # "openai" (rows with messages), "alpaca" (instruction, input, output) or "text"
+chat_template = "internlm2"  # how turns become tokens: the one that the model was made with
+max_length = 32768  # tokens in a pack, and at most in a conversation
+too_long = "truncate"  # what happens to a longer conversation: "truncate", "split" or "drop"; counted in the ledger
+on_bad_row = "raise"  # a row that cannot be read: "raise" stops, "skip" counts it and writes it to a file
+pack = True  # put several conversations into one pack, where they cannot see each other
+cache_dir: str | None = None  # where tokenised data is kept; None is $TUNER_CACHE or ~/.cache/tuner
+
+# settings: the optimisation
+num_epochs = 3  # passes over the data
+max_steps: int | None = None  # optimizer steps to stop after; None is all of the epochs
+num_accumulation_steps = 8  # packs in an optimizer step
+lr = 2e-5  # peak learning rate
+min_lr_ratio = 0.1  # share of the peak that the cosine ends at
+warmup_ratio = 0.03  # share of the steps in which the learning rate climbs
+betas = (0.9, 0.95)  # Adam's two decays
+weight_decay = 0.01  # AdamW's, on every weight
+max_grad_norm = 1.0  # the gradient is scaled down to this norm where it is longer
+seed = 0  # of the order of the data, of random weights and of dropout
+
+# settings: what is written
+log_interval = 10  # steps between log lines on the terminal; metrics.jsonl has every step
+save_interval = 500  # steps between checkpoints; the last step is always saved
+keep_checkpoints: int | None = 2  # how many of the newest to keep; None keeps all
+sample_interval = 100  # steps between sampled replies to the prompts; 0 is never
+sample_prompts = ["请介绍一下你自己。", "What can you help me with?"]  # what the sampled replies answer
+
+# assembly
+tokenizer = dict(type=build_tokenizer, path=model_path)
+
+train_dataset = dict(
+    type=PackedDataset,
+    shards=dict(
+        type=build_shards,
+        path=data_path,
+        data_format=data_format,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        too_long=too_long,
+        on_bad_row=on_bad_row,
+        cache_dir=cache_dir,
+    ),
+    max_length=max_length,
+    seed=seed,
+    pack=pack,
+)
+
+train_dataloader = dict(
+    type=build_dataloader,
+    dataset=train_dataset,
+    num_accumulation_steps=num_accumulation_steps,
+    num_epochs=num_epochs,
+    max_steps=max_steps,
+)
+
+model = dict(
+    type=SFT,
+    llm=dict(
+        type=build_llm,
+        path=model_path,
+        weights=weights,
+        attention=attention,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    ),
+)
+
+optim_wrapper = dict(
+    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay, fused=True),
+    clip_grad=dict(max_norm=max_grad_norm),
+)
+
+param_scheduler = dict(type=WarmupCosine, warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
+
+strategy = dict(type=SingleDevice, precision=precision)
+
+train_cfg = dict(type=TrainLoop)
+
+custom_hooks = [
+    dict(type=MetricsHook, interval=log_interval),
+    dict(type=SampleChatHook, interval=sample_interval, prompts=sample_prompts),
+    dict(type=CheckpointHook, interval=save_interval, keep=keep_checkpoints),
+    dict(type=CurvesHook),
+]
