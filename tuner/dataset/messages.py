@@ -1,0 +1,115 @@
+"""The one internal form of a conversation: its words, its tool calls, and the mistakes a row can hold."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from tuner.errors import UserError
+
+Message = dict[str, Any]
+Sample = Mapping[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class RowError(UserError):
+    """A row that cannot become a sample; says what is expected and what came. Who reads the file adds file and line."""
+
+
+def nearest(word: object, allowed: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """' Nearest: x.' for a misspelt word, '' where nothing is near."""
+    close = get_close_matches(str(word), list(allowed), n=1, cutoff=cutoff)
+    return f" Nearest: {close[0]!r}." if close else ""
+
+
+def dump(value: object) -> str:
+    """JSON on one line with its Chinese readable, as InternLM2 and Qwen saw it in training."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def function_body(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """name, description and parameters of a tool, whether or not it stands under the key "function"."""
+    return tool.get("function", tool)
+
+
+def is_interpreter(tool_or_call: Mapping[str, Any]) -> bool:
+    """Whether a tool, or a call, is the code interpreter rather than a function."""
+    return tool_or_call.get("type") == "code_interpreter"
+
+
+def call_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a function call as a dict; they may be written as a JSON string, as OpenAI does.
+
+    Raises RowError where the string is not JSON or not an object.
+    """
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError as error:
+            raise RowError(
+                f"The arguments of the call to {function['name']!r} must be JSON, got {arguments!r} ({error})."
+            ) from None
+    if not isinstance(arguments, dict):
+        raise RowError(
+            f"The arguments of the call to {function['name']!r} must be a JSON object like"
+            f' {{"city": "Shanghai"}}, got {arguments!r}.'
+        )
+    return arguments
+
+
+def match_results(calls: Sequence[Mapping[str, Any]], results: Sequence[Message]) -> list[Message | None]:
+    """The result of each call: by tool_call_id where the results carry one, else by order; None where it is missing.
+
+    Raises RowError for a result that answers none of the calls, or one that was answered already.
+    """
+    order = {str(call["id"]): place for place, call in enumerate(calls) if call.get("id") is not None}
+    matched: list[Message | None] = [None] * len(calls)
+    for position, result in enumerate(results):
+        label = result.get("tool_call_id")
+        by_order = label is None or not order
+        place = position if by_order else order.get(str(label))
+        if place is None:
+            raise RowError(
+                f"A tool result has tool_call_id {label!r}, but the calls before it are {sorted(order)}."
+                + nearest(label, order)
+            )
+        if place >= len(calls) or matched[place] is not None:
+            raise RowError(f"{len(results)} tool results for {len(calls)} calls: expected one result for each call.")
+        matched[place] = result
+    return matched
+
+
+def results_after(messages: Sequence[Message], position: int) -> list[Message]:
+    """The tool turns that directly follow the message at `position`."""
+    results = []
+    for message in messages[position + 1 :]:
+        if message["role"] != "tool":
+            break
+        results.append(message)
+    return results
+
+
+def split_parallel_calls(messages: Sequence[Message]) -> list[Message]:
+    """One action per assistant turn, each followed by its own result.
+
+    The text stays with the first call. Calls at the very end may have no result yet.
+    """
+    split: list[Message] = []
+    position = 0
+    while position < len(messages):
+        message = messages[position]
+        if message["role"] == "tool":
+            raise RowError(f"Message {position} is a tool result, but no tool call comes before it.")
+        results = results_after(messages, position)
+        calls = message.get("tool_calls") or []
+        position += 1 + (len(results) if calls else 0)
+        if not calls:
+            split.append(message)
+        for place, (call, result) in enumerate(zip(calls, match_results(calls, results))):
+            content = message.get("content") if place == 0 else ""
+            split.append({**message, "content": content, "tool_calls": [call]})
+            split.extend([] if result is None else [result])
+    return split

@@ -1,0 +1,175 @@
+"""Segments to token ids, in bulk, such that user text can never become a special token."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tuner.dataset.chat_template import Segment
+from tuner.dataset.templates import ChatTemplate
+from tuner.errors import UserError
+
+CODE_VERSION = 1  # raise it when the same rows, tokenizer and template give other tokens than before
+
+
+class Document(NamedTuple):
+    """Token ids (tokens,) uint32 and whether each is trained (tokens,) bool."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+class FastTokenizer(Protocol):
+    """What the encoder needs of a Hugging Face tokenizer."""
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def name_or_path(self) -> str: ...
+
+
+def plain_tokenizer(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a tokenizer without its added tokens: ordinary text is encoded alike, a mark as the letters it is.
+
+    Entries and merges that would lead to an added token go, too. Runs of white space stay: they are mere vocabulary.
+    """
+    model = source["model"]
+    kept = [token for token in source["added_tokens"] if _is_vocabulary(token)]
+    marks = {token["content"] for token in source["added_tokens"] if not _is_vocabulary(token)}
+    lost = marks - {model["unk_token"]}  # that one stays for what the vocabulary cannot write; no merge leads to it
+    vocab = {piece: index for piece, index in model["vocab"].items() if piece not in lost}
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    merges = [pair for pair in merges if pair[0] + pair[1] not in marks and marks.isdisjoint(pair)]
+    bare = {"post_processor": None, "truncation": None, "padding": None, "added_tokens": kept}
+    return {**source, **bare, "model": {**model, "vocab": vocab, "merges": merges}}
+
+
+def _is_vocabulary(token: Mapping[str, Any]) -> bool:
+    """Whether an added token is ordinary text: some tokenizers keep their runs of white space among the added ones."""
+    return not token["special"] and token["content"].isspace()
+
+
+class Encoder:
+    """Segments to documents for one tokenizer and one chat template; light to pickle, for worker processes."""
+
+    def __init__(
+        self, source: Callable[[], str], template: ChatTemplate, *, special_ids: dict[str, int], fingerprint: str
+    ) -> None:
+        """`source` gives the plain tokenizer's JSON when first needed: a warm start needs only the fingerprint."""
+        self._source = source
+        self._template = template
+        self._special_ids = special_ids
+        self.fingerprint = fingerprint
+        """sha256 over everything that the tokens of a row depend on"""
+        self._is_special = np.zeros(max(special_ids.values(), default=0) + 2, dtype=bool)
+        self._is_special[list(special_ids.values())] = True
+        marks = [mark for mark in template.special_tokens if mark in special_ids]
+        self._marks = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")")
+        self._written: dict[str, np.ndarray] = {}  # the template writes the same few texts again and again
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: FastTokenizer, template: ChatTemplate) -> "Encoder":
+        """Raises UserError where the tokenizer lacks a mark of the template, or cannot encode piece by piece."""
+        backend = tokenizer.backend_tokenizer
+        text = backend.to_str()
+        # the model is nine tenths of the text and comes last; inside JSON strings the quotes would be escaped
+        settings = json.loads(text.partition(',"model":')[0] + "}")
+        name = tokenizer.name_or_path or "given"
+        _check_supported(settings, type(backend.model).__name__, name)
+        special_ids = {token["content"]: token["id"] for token in settings["added_tokens"] if not _is_vocabulary(token)}
+        special_ids.pop(backend.model.unk_token, None)  # honest text may hold what the vocabulary cannot write
+        missing = [mark for mark in template.special_tokens if mark not in {*special_ids, *template.optional_tokens}]
+        if missing:
+            raise UserError(
+                f"The tokenizer {name!r} has no special token {', '.join(missing)}, which chat_template"
+                f" {template.name!r} needs. Choose the template of this model's family, or add the tokens to the"
+                " tokenizer and resize the model's embedding."
+            )
+        parts = [CODE_VERSION, text, dataclasses.asdict(template), type(template.tools).__name__]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+        def source() -> str:
+            return json.dumps(plain_tokenizer(json.loads(text)))
+
+        return cls(source, template, special_ids=special_ids, fingerprint=digest)
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (self._plain_json, self._template, self._special_ids, self.fingerprint)
+
+    @cached_property
+    def _plain_json(self) -> str:
+        return self._source()
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        return Tokenizer.from_str(self._plain_json)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that can come out."""
+        return max(len(self._is_special) - 1, *self._plain.get_vocab().values())
+
+    def encode(self, samples: Sequence[Sequence[Segment]]) -> list[Document]:
+        """Each sample's segments, one after the other, to one document; the samples' plain texts go in one batch."""
+        texts = dict.fromkeys(segment.text for segments in samples for segment in segments if not segment.special)
+        plain = dict(zip(texts, self._encode_plain(list(texts))))
+        return [self._document(segments, plain) for segments in samples]
+
+    def _document(self, segments: Sequence[Segment], plain: Mapping[str, np.ndarray]) -> Document:
+        parts = [self._encode_special(part.text) if part.special else plain[part.text] for part in segments]
+        if not parts:
+            return Document(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=bool))
+        trained = np.repeat([segment.trained for segment in segments], [len(part) for part in parts])
+        return Document(np.concatenate(parts), trained)
+
+    def _encode_plain(self, texts: list[str]) -> Iterator[np.ndarray]:
+        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        for encoding in encodings:
+            ids = np.array(encoding.ids, dtype=np.uint32)
+            # ids above the table's end are ordinary: clipped to its last entry, which is False
+            assert not self._is_special.take(ids, mode="clip").any(), "plain text became a special token"
+            yield ids
+
+    def _encode_special(self, text: str) -> np.ndarray:
+        """A text of the template itself: its marks by look-up, the words between them as plain text."""
+        if text not in self._written:
+            ids: list[int] = []
+            for piece in filter(None, self._marks.split(text)):
+                known = self._special_ids.get(piece)
+                ids += self._plain.encode(piece, add_special_tokens=False).ids if known is None else [known]
+            self._written[text] = np.array(ids, dtype=np.uint32)
+        return self._written[text]
+
+
+def _rebuild(plain_json: str, template: ChatTemplate, special_ids: dict[str, int], fingerprint: str) -> Encoder:
+    return Encoder(lambda: plain_json, template, special_ids=special_ids, fingerprint=fingerprint)
+
+
+def _check_supported(settings: Mapping[str, Any], kind: str, name: str) -> None:
+    if kind != "BPE":
+        raise UserError(
+            f"The tokenizer {name!r} is of type {kind}; only BPE tokenizers (InternLM, Llama 3, Qwen, ...) can"
+            " be kept from reading special tokens in user text. Choose a model with a BPE tokenizer."
+        )
+    steps = [settings["normalizer"] or {}, settings["pre_tokenizer"] or {}]
+    steps += [inner for step in list(steps) for key in ("normalizers", "pretokenizers") for inner in step.get(key, [])]
+    prefix = [
+        step["type"]
+        for step in steps
+        if step.get("type") == "Prepend"
+        or (step.get("type") == "Metaspace" and step["prepend_scheme"] != "never")
+        or (step.get("type") == "ByteLevel" and step["add_prefix_space"])
+    ]
+    if prefix:
+        raise UserError(
+            f"The tokenizer {name!r} puts a space before every text ({', '.join(prefix)}), so a conversation encoded"
+            " piece by piece gets spaces that nobody wrote. Choose a model whose tokenizer does not (InternLM2, Llama 3,"
+            " Qwen)."
+        )
