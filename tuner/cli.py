@@ -237,12 +237,15 @@ def train_command(
 ) -> None:
     """Train a preset or a config file; NAME=VALUE changes a setting, and what is derived from it follows."""
     refuse_unimplemented(deepspeed, launcher)
-    from tuner.config import add_options, render
+    from tuner.config import add_options, loads, render
 
     values = gather([*settings, *([("seed", str(seed))] if seed is not None else [])])
     source = add_options(render(config, values), gather(cfg_options), config)
+    loaded = loads(source, config)
+    from tuner.check import check  # torch and transformers: a misspelt setting has been reported by now
     from tuner.train import train
 
+    check(loaded)
     train(source, work_dir=work_dir or Path("work_dirs") / Path(config).stem, resume=resume)
 
 

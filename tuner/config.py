@@ -139,16 +139,13 @@ def loads(source: str, filename: str = "config.py") -> Any:
 
 def refuse_inheritance(source: str, filename: str) -> None:
     """A base file would put what is derived from a setting out of the setting's reach."""
-    for node in ast.walk(literals.parse(source, filename)):
-        if isinstance(node, ast.Name) and node.id in ("_base_", "read_base"):
-            line = node.lineno
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            line = node.lineno
-        else:
-            continue
+    nodes = list(ast.walk(literals.parse(source, filename)))
+    lines = [node.lineno for node in nodes if isinstance(node, ast.Name) and node.id in ("_base_", "read_base")]
+    lines += [node.lineno for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+    if lines:
         raise UserError(
-            f"{filename}:{line}: a config of tuner is one self-contained file, without base files or "
-            "relative imports. `tuner copy-cfg PRESET DIR` writes a complete one."
+            f"{filename}:{min(lines)}: a config of tuner is one self-contained file, without base files or relative "
+            "imports. `tuner copy-cfg PRESET DIR` writes a complete one."
         )
 
 
@@ -179,18 +176,8 @@ def add_options(source: str, options: Mapping[str, object], filename: str = "con
     config = loads(source, filename)
     lines = [] if OPTIONS_HEADING in source else ["", OPTIONS_HEADING]
     for path, given in dotted.items():
-        target = find(config, path)
         if "." not in path:
             raise UserError(literals.explain_unknown(path, source, filename, known))
+        target = find(config, path)
         lines.append(f"{target.expression} = {literals.write(target.fit(given))}")
     return source.rstrip("\n") + "\n" + "\n".join(lines) + "\n"
-
-
-def apply_options(config: Any, options: Mapping[str, object]) -> None:
-    """Set dotted paths of a loaded config in place; unknown ones raise as in `add_options`.
-
-    What other parts share or derive keeps its old value, since loading has copied it: `add_options` is the safe way.
-    """
-    for path, given in options.items():
-        target = find(config, path)
-        target.parent[target.key] = target.fit(given)

@@ -46,10 +46,9 @@ MODELS: dict[str, Model] = {
             "num_accumulation_steps": 1,
             "lr": 2e-3,
             "log_interval": 10,
-            "sample_interval": 100,
         },
         recipes={
-            "sft_full": {"data_path": "demo:train.jsonl"},
+            "sft_full": {"data_path": "demo:train.jsonl", "sample_interval": 100},
             "pretrain": {"data_path": "demo:text.jsonl"},
         },
     ),

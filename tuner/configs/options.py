@@ -64,5 +64,9 @@ def arguments(node: Mapping[str, Any]) -> set[str]:
     """Names that the `type` of an assembly node accepts; nothing is known of a plain dict."""
     if "type" not in node:
         return set()
+    try:
+        parameters = inspect.signature(node["type"]).parameters.values()
+    except ImportError as error:
+        raise UserError(str(error)) from error
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name for name, parameter in inspect.signature(node["type"]).parameters.items() if parameter.kind in kinds}
+    return {parameter.name for parameter in parameters if parameter.kind in kinds}

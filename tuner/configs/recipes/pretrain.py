@@ -1,4 +1,4 @@
-"""Continued pre-training on plain text: every weight and every token trains.
+"""Continued pre-training on plain text: every weight trains, and every token carries loss.
 
 The settings come first; the assembly below uses each of them, so what is derived from a setting follows it.
 `tuner train THIS_FILE lr=1e-5` replaces a setting for one run.
@@ -18,37 +18,37 @@ from tuner.model.tokenizer import build_tokenizer
 # settings: the model
 model_path = "internlm/internlm2-7b"  # directory, or name on the Hugging Face hub
 weights = "pretrained"  # "pretrained", or "random" to begin from scratch with the model's config.json
-attention = "auto"  # "auto" takes the fastest that runs here: "flash", "varlen" or "sdpa"
+attention = "auto"  # "auto" takes the fastest that runs here; or "flash", "varlen", "sdpa", "eager"
 gradient_checkpointing = True  # compute activations again in the backward pass: less memory, about 1/3 more time
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
 
 # settings: the data
-data_path: str | list[str] = "train.jsonl"  # file, pattern such as "data/*.jsonl", or a list of them
-data_format = "openai"  # "openai" (rows with messages), "alpaca" (instruction, input, output) or "text"
-chat_template = "internlm2"  # how turns become tokens: the one that the model was made with
-max_length = 32768  # tokens in a pack, and at most in a conversation
-too_long = "truncate"  # what happens to a longer conversation: "truncate", "split" or "drop"; counted in the ledger
+data_path: str | list[str] = "text.jsonl"  # file, pattern such as "data/*.jsonl", or a list of them
+data_format = "text"  # rows with a "text"; other formats are those of the recipe sft_full
+chat_template = "internlm2"  # the one that the model was made with: text never becomes one of its special tokens
+max_length = 32768  # tokens in a pack, and at most in a document
+too_long = "split"  # what happens to a longer document: "truncate", "split" or "drop"; counted in the ledger
 on_bad_row = "raise"  # a row that cannot be read: "raise" stops, "skip" counts it and writes it to a file
-pack = True  # put several conversations into one pack, where they cannot see each other
+pack = True  # put several documents into one pack, where they cannot see each other
 cache_dir: str | None = None  # where tokenised data is kept; None is $TUNER_CACHE or ~/.cache/tuner
 
 # settings: the optimisation
-num_epochs = 3  # passes over the data
+num_epochs = 1  # passes over the data
 max_steps: int | None = None  # optimizer steps to stop after; None is all of the epochs
-num_accumulation_steps = 8  # packs in an optimizer step
+num_accumulation_steps = 16  # packs in an optimizer step
 lr = 2e-5  # peak learning rate
 min_lr_ratio = 0.1  # share of the peak that the cosine ends at
 warmup_ratio = 0.03  # share of the steps in which the learning rate climbs
 betas = (0.9, 0.95)  # Adam's two decays
-weight_decay = 0.01  # AdamW's, on every weight
+weight_decay = 0.1  # AdamW's, on weight matrices; norms and biases have none
 max_grad_norm = 1.0  # the gradient is scaled down to this norm where it is longer
 seed = 0  # of the order of the data, of random weights and of dropout
 
 # settings: what is written
 log_interval = 10  # steps between log lines on the terminal; metrics.jsonl has every step
-save_interval = 500  # steps between checkpoints; the last step is always saved
+save_interval: int | None = 500  # steps between checkpoints; None saves only after the last step
 keep_checkpoints: int | None = 2  # how many of the newest to keep; None keeps all
-sample_interval = 100  # steps between sampled replies to the prompts; 0 is never
+sample_interval = 0  # steps between sampled replies to the prompts; 0 is never: a base model does not answer yet
 sample_prompts = ["请介绍一下你自己。", "What can you help me with?"]  # what the sampled replies answer
 
 # assembly
@@ -93,7 +93,7 @@ model = dict(
 )
 
 optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay, fused=True),
+    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_grad_norm),
 )
 

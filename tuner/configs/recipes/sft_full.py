@@ -18,7 +18,7 @@ from tuner.model.tokenizer import build_tokenizer
 # settings: the model
 model_path = "internlm/internlm2-7b"  # directory, or name on the Hugging Face hub
 weights = "pretrained"  # "pretrained", or "random" to begin from scratch with the model's config.json
-attention = "auto"  # "auto" takes the fastest that runs here: "flash", "varlen" or "sdpa"
+attention = "auto"  # "auto" takes the fastest that runs here; or "flash", "varlen", "sdpa", "eager"
 gradient_checkpointing = True  # compute activations again in the backward pass: less memory, about 1/3 more time
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
 
@@ -40,13 +40,13 @@ lr = 2e-5  # peak learning rate
 min_lr_ratio = 0.1  # share of the peak that the cosine ends at
 warmup_ratio = 0.03  # share of the steps in which the learning rate climbs
 betas = (0.9, 0.95)  # Adam's two decays
-weight_decay = 0.01  # AdamW's, on every weight
+weight_decay = 0.01  # AdamW's, on weight matrices; norms and biases have none
 max_grad_norm = 1.0  # the gradient is scaled down to this norm where it is longer
 seed = 0  # of the order of the data, of random weights and of dropout
 
 # settings: what is written
 log_interval = 10  # steps between log lines on the terminal; metrics.jsonl has every step
-save_interval = 500  # steps between checkpoints; the last step is always saved
+save_interval: int | None = 500  # steps between checkpoints; None saves only after the last step
 keep_checkpoints: int | None = 2  # how many of the newest to keep; None keeps all
 sample_interval = 100  # steps between sampled replies to the prompts; 0 is never
 sample_prompts = ["请介绍一下你自己。", "What can you help me with?"]  # what the sampled replies answer
@@ -93,7 +93,7 @@ model = dict(
 )
 
 optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay, fused=True),
+    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_grad_norm),
 )
 

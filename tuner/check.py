@@ -1,0 +1,263 @@
+"""Report all mistakes of a config at once, before anything is loaded."""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tuner.configs.nearest import nearest
+from tuner.configs.options import arguments
+from tuner.dataset.build import build_shards
+from tuner.dataset.chat_template import CHAT_TEMPLATES
+from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
+from tuner.dataset.formats import FORMATS
+from tuner.dataset.sources import expand
+from tuner.demo.files import PREFIX
+from tuner.engine.strategy import PRECISIONS
+from tuner.errors import UserError
+from tuner.model.attention import BACKENDS
+from tuner.model.build import WEIGHTS, build_llm
+from tuner.model.directory import check_model_directory, check_weights, looks_local
+from tuner.model.tokenizer import build_tokenizer
+
+logger = logging.getLogger("tuner")
+NEEDED = ("train_dataloader", "model", "optim_wrapper", "param_scheduler", "strategy", "train_cfg")
+
+
+class Rule(NamedTuple):
+    """What a value must be, and in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+class Node(NamedTuple):
+    """A part of the assembly: the dotted path to it, its `type` and its other entries."""
+
+    path: str
+    type: Any
+    values: dict[str, Any]
+
+
+def is_number(value: object) -> bool:
+    """An int or a float that is not NaN; True and False are no numbers here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def number(low: float, high: float = float("inf"), *, words: str, include_low: bool = True) -> Rule:
+    """A number in [low, high], or in (low, high]."""
+    return Rule(
+        lambda value: is_number(value) and (value >= low if include_low else value > low) and value <= high, words
+    )
+
+
+def count(low: int, *, or_none: bool = False) -> Rule:
+    """A whole number from `low`."""
+
+    def holds(value: object) -> bool:
+        return value is None if or_none and value is None else type(value) is int and value >= low
+
+    return Rule(holds, f"a whole number from {low}" + (" or None" if or_none else ""))
+
+
+def is_betas(value: object) -> bool:
+    """Adam's pair of decays."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value)
+
+
+SHARE = number(0, 1, words="a share from 0 to 1")
+POSITIVE = number(0, words="a number above 0", include_low=False)
+NOT_NEGATIVE = number(0, words="a number from 0")
+FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
+RULES: dict[str, Rule] = {
+    "lr": POSITIVE,
+    "min_lr_ratio": SHARE,
+    "warmup_ratio": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": POSITIVE,
+    "max_norm": POSITIVE,
+    "betas": Rule(is_betas, "two numbers from 0 to below 1"),
+    "max_length": count(2),
+    "num_epochs": count(1),
+    "max_steps": count(1, or_none=True),
+    "num_accumulation_steps": count(1),
+    "seed": count(0),
+    "log_interval": count(1),
+    "save_interval": count(1, or_none=True),
+    "keep_checkpoints": count(1, or_none=True),
+    "sample_interval": count(0),
+    "pack": FLAG,
+    "gradient_checkpointing": FLAG,
+}
+CHOICES: dict[str, Collection[str]] = {
+    "precision": PRECISIONS,
+    "attention": ("auto", "eager", *BACKENDS),
+    "weights": WEIGHTS,
+    "too_long": TOO_LONG,
+    "on_bad_row": ON_BAD_ROW,
+    "data_format": FORMATS,
+    "chat_template": CHAT_TEMPLATES,
+}
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise one UserError that names every mistake in the config; log what works but is odd.
+
+    Looks at values, data files and model directories, and imports the types; opens no weights and builds nothing.
+    """
+    problems: list[str] = []
+    parts = {name: config[name] for name in config}
+    nodes = list(find_nodes(parts, "", problems))
+    problems += missing_parts(parts)
+    for node in nodes:
+        problems += unknown_arguments(node)
+    values = [(name, parts[name]) for name in parts if not isinstance(parts[name], Mapping)]
+    for node in filter(is_known, nodes):
+        values += [(f"{node.path}.{name}", value) for name, value in node.values.items()]
+    problems += wrong_values(values)
+    problems += wrong_data_files(nodes)
+    problems += wrong_models(nodes)
+    if problems:
+        raise UserError(listed(list(dict.fromkeys(problems))))
+    for node in nodes:
+        warn_of_precision(node.values.get("precision"), torch.cuda.is_available())
+
+
+def listed(problems: list[str]) -> str:
+    """One message for one or several mistakes."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"The config has {len(problems)} mistakes:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def find_nodes(value: Any, path: str, problems: list[str]) -> Iterator[Node]:
+    """Every dict of the assembly below `value`; a type that cannot be imported is noted and passed over."""
+    if isinstance(value, Mapping):
+        entries = dict(readable(value, path, problems))
+        if path:
+            yield Node(path, entries.pop("type", None), entries)
+    elif isinstance(value, (list, tuple)):
+        entries = {str(position): part for position, part in enumerate(value)}
+    else:
+        return
+    for key, part in entries.items():
+        yield from find_nodes(part, f"{path}.{key}".lstrip("."), problems)
+
+
+def readable(node: Mapping[str, Any], path: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """The entries of a dict; looking at one may import a type."""
+    for key in node:
+        try:
+            yield key, node[key]
+        except ImportError as error:
+            problems.append(f"{path}.{key}: {error}".lstrip("."))
+
+
+def is_known(node: Node) -> bool:
+    """Whether the rules know the names in this node: those of tuner and torch; a user's type may mean others."""
+    module = inspect.getmodule(node.type)
+    return node.type is None or (module is not None and module.__name__.partition(".")[0] in ("tuner", "torch"))
+
+
+def missing_parts(parts: Mapping[str, Any]) -> list[str]:
+    """Top-level parts that training reads and the config lacks."""
+    return [f"The config has no {name}. A recipe shows it: tuner copy-cfg." for name in NEEDED if name not in parts]
+
+
+def unknown_arguments(node: Node) -> list[str]:
+    """Entries that the node's type does not accept."""
+    if node.type is None:
+        return []
+    if not callable(node.type):
+        return [f"{node.path}.type is {node.type!r}; import a class or function in the config and name it there."]
+    parameters = inspect.signature(node.type).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return []
+    allowed = arguments({"type": node.type})
+    unknown = [name for name in node.values if name not in allowed]
+    return [f"{node.path}: {node.type.__name__} has no argument {name}. {nearest(name, allowed)}" for name in unknown]
+
+
+def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
+    """Values out of range or none of the allowed ones, each said once: a setting and where it arrives are one."""
+    problems: dict[tuple[str, str], str] = {}
+    for path, value in values:
+        name = path.rpartition(".")[2]
+        if name in RULES and not RULES[name].holds(value):
+            problems.setdefault((name, repr(value)), f"{path} = {value!r}: allowed is {RULES[name].words}.")
+        if name in CHOICES and (not isinstance(value, str) or value not in CHOICES[name]):
+            hint = nearest(str(value), CHOICES[name])
+            allowed = ", ".join(CHOICES[name])
+            text = f"{path} = {value!r}: {hint}" + ("" if allowed in hint else f" Allowed: {allowed}.")
+            problems.setdefault((name, repr(value)), text)
+    return list(problems.values())
+
+
+def wrong_data_files(nodes: list[Node]) -> list[str]:
+    """Data files that are missing, empty or unreadable; those of the demo are made when they are opened."""
+    paths: list[str] = []
+    for node in nodes:
+        if node.type is build_shards and "path" in node.values:
+            given = node.values["path"]
+            paths += [given] if isinstance(given, str) else given
+    return complaints(expand, [path for path in paths if not path.startswith(PREFIX)])
+
+
+def wrong_models(nodes: list[Node]) -> list[str]:
+    """Model directories that are missing, or lack their config or their weights; names on the hub pass."""
+    problems = []
+    for node in nodes:
+        path = node.values.get("path")
+        if node.type not in (build_llm, build_tokenizer) or not isinstance(path, str) or path.startswith(PREFIX):
+            continue
+        path = str(Path(path).expanduser())
+        if not Path(path).exists() and not looks_local(path):
+            continue
+        found = complaints(check_model_directory, [path])
+        if not found and node.type is build_llm:
+            pretrained = node.values.get("weights", WEIGHTS[0]) == WEIGHTS[0]
+            found = complaints(check_weights, [path]) if pretrained else []
+            found += too_many_tokens(Path(path))
+        problems += found
+    return problems
+
+
+def complaints(inspect_path: Callable[[str], object], paths: Collection[str]) -> list[str]:
+    """The messages of the UserErrors that looking at each path raises."""
+    problems = []
+    for path in paths:
+        try:
+            inspect_path(path)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def too_many_tokens(directory: Path) -> list[str]:
+    """Whether the tokenizer's added tokens lie beyond the embedding; all of its tokens are checked once it is built."""
+    try:
+        vocab_size = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        added = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
+    except (FileNotFoundError, KeyError, json.JSONDecodeError):
+        return []  # nothing said here, so nothing to compare
+    largest = max((int(identifier) for identifier in added), default=-1)
+    if largest < vocab_size:
+        return []
+    return [
+        f"{directory}: the tokenizer has token {added[str(largest)]['content']!r} with id {largest}, but the model's "
+        f"embedding ends at {vocab_size - 1}. Take the tokenizer that belongs to the model."
+    ]
+
+
+def warn_of_precision(precision: object, has_cuda: bool) -> None:
+    """Log a precision that works on this device and is seldom wanted there."""
+    if precision == "fp16" and not has_cuda:
+        logger.warning("precision = 'fp16' on a CPU is slow and overflows easily; precision = 'fp32' is right here.")
+    if precision == "bf16" and not has_cuda:
+        logger.warning("precision = 'bf16' on a CPU is often slower than 'fp32', where the CPU has no bf16 arithmetic.")
+    if precision == "bf16" and has_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning("This GPU has no bf16 arithmetic; precision = 'fp16' is faster and scales its loss.")
