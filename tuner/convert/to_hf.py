@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from tuner.dataset.chat_template import CHAT_TEMPLATES
+from tuner.dataset.chat_template import ChatTemplate, find_template
 from tuner.engine.checkpoint import find_checkpoint, verify_checkpoint
 from tuner.errors import UserError
 from tuner.model.tokenizer import build_tokenizer
@@ -47,13 +47,13 @@ def convert(checkpoint: Path, out: Path, *, dtype: DtypeName = "auto") -> Path:
 
 
 def load_trained(checkpoint: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model as it was trained, from the weights and the config that lie in the checkpoint."""
+    """The model as it was trained, in `dtype` or in that of the weights, from what lies in the checkpoint."""
     with tempfile.TemporaryDirectory() as name:
         for path in [*(checkpoint / "hf").iterdir(), *checkpoint.glob("model-*.safetensors")]:
             (Path(name) / path.name).symlink_to(path.resolve())
         write_index(Path(name))
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+            name, dtype=dtype or stored_dtype(checkpoint), use_safetensors=True, trust_remote_code=False
         )
 
 
@@ -67,13 +67,13 @@ def write_index(folder: Path) -> None:
 
 def write_model(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
     """Weights, config.json and generation_config.json, the last with the stop tokens of the chat template."""
-    llm = load_trained(checkpoint, dtype or stored_dtype(checkpoint))
+    llm = load_trained(checkpoint, dtype)
     tokenizer = build_tokenizer(str(checkpoint / "hf"))
-    template = CHAT_TEMPLATES[template_name(checkpoint / "hf")]
-    stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.stop_tokens]
-    eos = tokenizer.eos_token_id
+    template = read_template(checkpoint / "hf")
+    stops = [tokenizer.eos_token, *(template.stop_tokens if template else ())]
+    names = [token for token in dict.fromkeys(stops) if token is not None]
     generation = llm.generation_config or GenerationConfig()
-    generation.eos_token_id = list(dict.fromkeys([*([] if eos is None else [eos]), *stop_ids]))
+    generation.eos_token_id = tokenizer.convert_tokens_to_ids(names)
     generation.bos_token_id, generation.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     llm.generation_config = generation
     llm.save_pretrained(out)
@@ -82,14 +82,17 @@ def write_model(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> None:
 def write_tokenizer(source: Path, out: Path) -> None:
     """Tokenizer files, with a chat template that renders the ids of training."""
     tokenizer = build_tokenizer(str(source))
-    tokenizer.chat_template = CHAT_TEMPLATES[template_name(source)].jinja
+    template = read_template(source)
+    if template:
+        tokenizer.chat_template = template.jinja
+        shutil.copy(source / "template.json", out / "template.json")
     tokenizer.save_pretrained(out)
-    shutil.copy(source / "template.json", out / "template.json")
 
 
-def template_name(source: Path) -> str:
-    """The chat template that the run was trained with."""
-    return json.loads((source / "template.json").read_text(encoding="utf-8"))["chat_template"]
+def read_template(source: Path) -> ChatTemplate | None:
+    """The chat template that the run was trained with, if it had one."""
+    name = json.loads((source / "template.json").read_text(encoding="utf-8"))["chat_template"]
+    return find_template(name) if name else None
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
