@@ -81,7 +81,7 @@ def _shards(place: Path) -> list[str]:
         return [WEIGHTS]
     try:
         weight_map = json.loads((place / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(place / WEIGHTS_INDEX)!r} is no index of weights: {error!r}. Fetch it again.") from error
     return sorted(set(weight_map.values()))
 

@@ -152,7 +152,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         hidden = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
+        cu_seqlens, max_seqlen = kwargs.get("cu_seqlens"), kwargs.get("max_seqlen")
+        if use_cache and past_key_values is None and cu_seqlens is None:  # a pack has no next token to decode
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -164,7 +165,6 @@ class InternLM2Model(InternLM2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        cu_seqlens, max_seqlen = kwargs.get("cu_seqlens"), kwargs.get("max_seqlen")
         position_embeddings = self.rotary_emb(hidden, position_ids, cu_seqlens, max_seqlen)
         for layer in self.layers:
             hidden = layer(
