@@ -1,0 +1,64 @@
+"""Curves of a finished run: a PNG from metrics.jsonl and a line of blocks for the terminal."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmengine.hooks import Hook
+
+from tuner.engine.metrics import METRICS
+
+if TYPE_CHECKING:
+    from tuner.engine.runner import Runner
+
+CURVES = {"loss": "loss per trained token", "lr": "learning rate", "grad_norm": "gradient norm before clipping"}
+CURVES["tokens_per_second"] = "tokens per second"
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+class CurvesHook(Hook):
+    """Draws `curves.png` when training ends."""
+
+    priority = "VERY_LOW"  # metrics.jsonl is closed by then
+
+    def after_run(self, runner: "Runner") -> None:
+        """Read the whole run's metrics, those before a resume too."""
+        path = Path(runner.work_dir) / METRICS
+        if not path.exists():
+            return
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            return
+        columns = {name: [row[name] for row in rows] for name in ("step", *CURVES)}
+        picture = path.with_name("curves.png")
+        draw(columns, picture)
+        losses = columns["loss"]
+        print(f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}   curves: {picture}", flush=True)
+
+
+def draw(columns: dict[str, list[float]], path: Path) -> None:
+    """Four curves over the steps in one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second of start-up that only the end needs
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, CURVES.items()):
+        axes.plot(columns["step"], columns[name], linewidth=1)
+        axes.set_title(title)
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """The values as blocks of eight heights, each the mean of an equal share: [3, 2, 1] -> "█▅▁"."""
+    width = min(width, len(values))
+    edges = [round(position * len(values) / width) for position in range(width + 1)]
+    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
+    low, high = min(means), max(means)
+    if high == low:
+        return BLOCKS[0] * width
+    return "".join(BLOCKS[round((mean - low) / (high - low) * (len(BLOCKS) - 1))] for mean in means)

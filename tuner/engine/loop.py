@@ -1,0 +1,68 @@
+"""The training loop: batches in, optimizer steps out, hooks around each, a clear stop where a number is not finite."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmengine.runner import BaseLoop
+from torch.utils.data import DataLoader
+
+from tuner.engine.checkpoint import write_text_atomically
+from tuner.engine.randomness import random_state_kept
+from tuner.engine.strategy import NonFiniteStepError
+from tuner.errors import UserError
+
+if TYPE_CHECKING:
+    from tuner.engine.runner import Runner
+
+
+class NonFiniteError(UserError):
+    """Training met a NaN or an infinity and stopped; the message says where the documents' ids are."""
+
+
+class TrainLoop(BaseLoop):
+    """Counts optimizer steps; how many there are, over epochs or `max_steps`, the data loader's sampler knows."""
+
+    def __init__(self, runner: "Runner", dataloader: DataLoader) -> None:
+        super().__init__(runner, dataloader)
+        self.num_steps = len(dataloader.sampler)
+        self.num_loss_tokens = 0  # trained tokens of all steps so far, of the runs before a resume too
+        self.data_seconds = 0.0  # of the last step: waited for its batches
+        self.step_seconds = 0.0  # of the last step, waiting included
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the last step, counted from 0."""
+        return self.dataloader.sampler.plan(max(self.runner.strategy.step - 1, 0)).epoch
+
+    def run(self) -> None:
+        """Train from the strategy's step to the last one."""
+        strategy, sampler = self.runner.strategy, self.dataloader.sampler
+        self.runner.call_hook("before_train")
+        sampler.seek(strategy.step)
+        with random_state_kept():  # starting an iterator draws a seed, which an uninterrupted run does not do
+            iterator = iter(self.dataloader)
+        while strategy.step < self.num_steps:
+            started = time.perf_counter()
+            batches = next(iterator)
+            self.data_seconds = time.perf_counter() - started
+            try:
+                result = strategy.train_step(batches)
+            except NonFiniteStepError as error:
+                raise self._report(strategy.step, error) from error
+            self.step_seconds = time.perf_counter() - started
+            self.num_loss_tokens += result.num_loss_tokens
+            self.runner.call_hook("after_train_iter", batch_idx=strategy.step - 1, data_batch=batches, outputs=result)
+        self.runner.call_hook("after_train")
+
+    def _report(self, step: int, error: NonFiniteStepError) -> NonFiniteError:
+        """Save what was in the batch of `step` (counted from 0)."""
+        path = Path(self.runner.work_dir) / f"nonfinite_step_{step}.json"
+        documents = self.dataloader.dataset.document_ids(self.dataloader.sampler.plan(step))
+        report = {"step": step, "problem": str(error), "documents": documents}
+        write_text_atomically(path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        return NonFiniteError(
+            f"Step {step} of {self.num_steps} is not finite ({error}); training stopped, no checkpoint was written. "
+            f"Its documents are listed in {path}. Look at them, lower lr or max_grad_norm, and go on with --resume."
+        )

@@ -1,0 +1,149 @@
+"""Numbers of every step: to the terminal, to metrics.jsonl and to TensorBoard."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmengine.hooks import Hook
+from torch.utils.tensorboard import SummaryWriter
+
+from tuner.engine.checkpoint import write_text_atomically
+from tuner.engine.machine import PeakRate, peak_memory, peak_rate
+from tuner.engine.strategy import StepResult
+from tuner.errors import UserError
+
+if TYPE_CHECKING:
+    from tuner.engine.runner import Runner
+
+METRICS = "metrics.jsonl"
+CHARTED = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "hfu", "memory_bytes")
+
+
+class MetricsHook(Hook):
+    """A line per step in metrics.jsonl, TensorBoard scalars, and a readable line every `interval` steps."""
+
+    def __init__(self, *, interval: int = 10) -> None:
+        if interval < 1:
+            raise UserError(f"log_interval={interval}: choose 1 or more steps between log lines.")
+        self.interval = interval
+
+    def before_train(self, runner: "Runner") -> None:
+        """Open the files, cutting off what a lost stretch of an earlier run left beyond the resumed step."""
+        work_dir = Path(runner.work_dir)
+        step = runner.strategy.step
+        self.peak = peak_rate(runner.strategy.device)
+        keep_lines(work_dir / METRICS, step)
+        self.file = (work_dir / METRICS).open("a", encoding="utf-8", buffering=1)
+        self.board = SummaryWriter(str(work_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self.first_step, self.started = step, time.perf_counter()
+        print(header(runner, self.peak), flush=True)
+
+    def after_train_iter(
+        self, runner: "Runner", batch_idx: int, data_batch: Sequence[Any], outputs: StepResult
+    ) -> None:
+        """Write what the step did."""
+        row = self._row(runner, outputs)
+        self.file.write(json.dumps(row) + "\n")
+        for name in CHARTED:
+            self.board.add_scalar(name, row[name], row["step"])
+        is_last = row["step"] == row["num_steps"]
+        if row["step"] % self.interval == 0 or row["step"] == self.first_step + 1 or is_last:
+            print(line(row), flush=True)
+
+    def after_run(self, runner: "Runner") -> None:
+        """Close the files."""
+        self.file.close()
+        self.board.close()
+
+    def _row(self, runner: "Runner", result: StepResult) -> dict[str, Any]:
+        loop, strategy = runner.train_loop, runner.strategy
+        done, num_steps = strategy.step, loop.num_steps
+        seconds_per_step = (time.perf_counter() - self.started) / (done - self.first_step)
+        model, hardware = count_flops(runner.model.get_submodule("llm"), result)
+        return {
+            "step": done,
+            "num_steps": num_steps,
+            "epoch": loop.epoch,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "skipped": result.skipped,
+            "num_tokens": result.num_tokens,
+            "num_loss_tokens": result.num_loss_tokens,
+            "trained_tokens": loop.num_loss_tokens,
+            "tokens_per_second": result.num_tokens / loop.step_seconds,
+            "mfu": model / loop.step_seconds / self.peak.flops,
+            "hfu": hardware / loop.step_seconds / self.peak.flops,
+            "memory_bytes": peak_memory(strategy.device),
+            "step_seconds": loop.step_seconds,
+            "data_seconds": loop.data_seconds,
+            "seconds_left": seconds_per_step * (num_steps - done),
+        }
+
+
+def count_flops(llm: torch.nn.Module, result: StepResult) -> tuple[float, float]:
+    """PLACEHOLDER until tuner.model.flops lands."""
+    parameters = sum(parameter.numel() for parameter in llm.parameters())
+    return 6.0 * parameters * result.num_tokens, 6.0 * parameters * result.num_tokens
+
+
+def header(runner: "Runner", peak: PeakRate) -> str:
+    """What the columns of the log mean; printed once."""
+    loop = runner.train_loop
+    return (
+        f"{loop.num_steps} optimizer steps in {runner.work_dir}, from step {runner.strategy.step}\n"
+        "MFU = FLOPs of forward and backward / (seconds of the step x peak), with "
+        "FLOPs = 6 x matmul parameters x tokens + causal attention, 6 x layers x heads x head size x sum of squared "
+        "document lengths; HFU adds the forward that gradient checkpointing computes again\n"
+        f"peak = {peak.flops / 1e12:.3g} TFLOP/s, {peak.source}; tok/s counts every token, waiting for data included"
+    )
+
+
+def line(row: dict[str, Any]) -> str:
+    """One step for a person."""
+    parts = [
+        f"step {row['step']}/{row['num_steps']}",
+        f"epoch {row['epoch'] + 1}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"grad norm {row['grad_norm']:.3g}",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+        f"trained {short(row['trained_tokens'])}",
+        f"MFU {row['mfu']:.1%}",
+        f"HFU {row['hfu']:.1%}",
+        f"{row['memory_bytes'] / 1e9:.2f} GB",
+        f"left {duration(row['seconds_left'])}",
+    ]
+    return "  ".join(parts) + ("  (gradient overflow: step skipped, loss scale halved)" if row["skipped"] else "")
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds: 3725 -> 1:02:05."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`: those after it are computed again, a torn one is a kill's."""
+    if path.exists():
+        kept = [text for text in path.read_text(encoding="utf-8").splitlines() if is_up_to(text, step)]
+        write_text_atomically(path, "".join(f"{text}\n" for text in kept))
+
+
+def is_up_to(text: str, step: int) -> bool:
+    """Whether a line is whole and of a step that is not computed again."""
+    try:
+        return json.loads(text)["step"] <= step
+    except ValueError:
+        return False

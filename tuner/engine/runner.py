@@ -1,0 +1,101 @@
+"""mmengine's FlexibleRunner, reduced to its frame: model, strategy, loop and hooks; ours decide everything else."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.runner import FlexibleRunner
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from tuner.engine.loop import TrainLoop
+from tuner.engine.schedule import WarmupCosine
+from tuner.engine.snapshot import load_snapshot
+from tuner.engine.strategy import SingleDevice
+
+DEFAULT_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a checkpoint keeps of the run besides tensors."""
+
+    config_text: str
+    settings: dict[str, Any]  # the config's literals, as JSON has them
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects that a config was assembled to."""
+
+    model: nn.Module
+    dataloader: DataLoader
+    optim_wrapper: Mapping[str, Any]
+    schedule: WarmupCosine
+    strategy: SingleDevice
+    train_cfg: dict[str, Any]
+    hooks: Sequence[Hook]
+
+
+class Runner(FlexibleRunner):
+    """Runs built parts in a work dir; resumes only from our own checkpoints."""
+
+    def __init__(self, parts: Parts, record: RunRecord, *, work_dir: Path, checkpoint: Path | None = None) -> None:
+        self.record = record
+        self.checkpoint = checkpoint
+        self.loop_node = parts.train_cfg
+        strategy = parts.strategy
+        # the names under which FlexibleRunner asks a strategy for its own fields
+        strategy._experiment_name = strategy._timestamp = work_dir.name
+        strategy._log_dir = strategy._work_dir = str(work_dir)
+        strategy._launcher, strategy._distributed, strategy._rank, strategy._world_size = "none", False, 0, 1
+        strategy.logger = logging.getLogger("tuner.mmengine")
+        super().__init__(
+            parts.model,
+            work_dir=str(work_dir),
+            train_dataloader=parts.dataloader,
+            optim_wrapper=parts.optim_wrapper,
+            param_scheduler=parts.schedule,
+            train_cfg=parts.train_cfg,
+            strategy=strategy,
+            default_hooks=dict.fromkeys(DEFAULT_HOOKS),
+            custom_hooks=list(parts.hooks),
+            launcher="none",
+            default_scope=None,
+        )
+
+    def train(self) -> nn.Module:
+        """Prepare, resume where asked, then run the loop between the hooks."""
+        loop: TrainLoop = self.build_train_loop(self.loop_node)
+        self._train_loop = loop
+        self.model: nn.Module = self.strategy.prepare(
+            self.model,
+            optim_wrapper=self.optim_wrapper,
+            param_scheduler=self.param_schedulers,
+            num_steps=loop.num_steps,
+        )
+        self.load_or_resume()
+        self.call_hook("before_run")
+        loop.run()
+        self.call_hook("after_run")
+        return self.model
+
+    def load_or_resume(self) -> None:
+        """Continue from `checkpoint`; mmengine's own resume executes pickles and configs."""
+        if self.checkpoint is not None:
+            load_snapshot(self, self.checkpoint)
+
+    def build_visualizer(self, visualizer: None = None) -> None:
+        """None: curves and TensorBoard are hooks of ours."""
+
+    def dump_config(self) -> None:
+        """Nothing: train.py has written the config as its author wrote it."""
+
+    def _log_env(self) -> None:
+        """Nothing: collecting it calls compilers and takes seconds."""

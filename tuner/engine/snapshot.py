@@ -1,0 +1,117 @@
+"""The whole state of a run to and from a checkpoint directory: tensors, random states, counters, a usable model."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.engine.checkpoint import publishing, verify_checkpoint
+from tuner.engine.randomness import capture_random_state, restore_random_state
+from tuner.errors import UserError
+
+if TYPE_CHECKING:
+    from tuner.engine.runner import Runner, RunRecord
+
+# settings that decide which tokens are in which step: a resumed run with others would be a third run, neither of two
+DATA_SETTINGS = (
+    "data_path", "data_format", "chat_template", "max_length", "too_long", "on_bad_row", "pack",
+    "num_accumulation_steps", "seed",
+)  # fmt: skip
+# settings that change nothing which is computed
+FREE_SETTINGS = (
+    "log_interval", "save_interval", "keep_checkpoints", "sample_interval", "sample_prompts", "cache_dir",
+)  # fmt: skip
+
+
+def save_snapshot(runner: "Runner") -> Path:
+    """Publish a checkpoint of the current step; OSError or SafetensorError where the disk refuses."""
+    strategy, loop = runner.strategy, runner.train_loop
+    with publishing(Path(runner.work_dir), strategy.step) as draft:
+        state = {
+            "strategy": strategy.save_checkpoint(draft),
+            "num_loss_tokens": loop.num_loss_tokens,
+            "next_documents": next_documents(runner),
+            "settings": runner.record.settings,
+            "versions": versions(),
+        }
+        write_json(draft / "state.json", state)
+        write_json(draft / "rng.json", capture_random_state())
+        (draft / "config.py").write_text(runner.record.config_text, encoding="utf-8")
+        write_hf(draft / "hf", runner.model.get_submodule("llm"), runner.record)
+    return draft.with_name(draft.name.removeprefix(".draft_"))
+
+
+def load_snapshot(runner: "Runner", checkpoint: Path) -> None:
+    """Verify a checkpoint, then put the runner where it was; the random states come last.
+
+    Raises:
+        UserError: a damaged file, another model, other data.
+    """
+    verify_checkpoint(checkpoint)
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    compare_settings(state["settings"], runner.record.settings, checkpoint)
+    runner.strategy.resume(checkpoint, state["strategy"])
+    runner.train_loop.num_loss_tokens = state["num_loss_tokens"]
+    if runner.strategy.step > runner.train_loop.num_steps:
+        raise UserError(
+            f"{checkpoint} is {runner.strategy.step} steps old, but this config has only {runner.train_loop.num_steps}."
+        )
+    compare_data(state["next_documents"], runner, checkpoint)
+    restore_random_state(json.loads((checkpoint / "rng.json").read_text(encoding="utf-8")))
+
+
+def compare_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
+    """Other data is an error; whatever else differs and matters is said aloud, and then used."""
+    names = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
+    changes = {name: f"{name} was {saved.get(name)!r} and is {current.get(name)!r}" for name in names}
+    forbidden = [text for name, text in changes.items() if name in DATA_SETTINGS]
+    if forbidden:
+        raise UserError(
+            f"{checkpoint} cannot be continued with other data: {'; '.join(forbidden)}. "
+            "Restore these settings, or start a new run in another --work-dir."
+        )
+    for name, text in changes.items():
+        if name not in FREE_SETTINGS:
+            print(f"warning: resumed with a changed setting, this is no longer the same run: {text}", flush=True)
+
+
+def compare_data(saved: list[Any], runner: "Runner", checkpoint: Path) -> None:
+    """The step after the checkpoint must consist of the documents it would have had then."""
+    if runner.strategy.step < runner.train_loop.num_steps and saved and next_documents(runner) != saved:
+        raise UserError(
+            f"{checkpoint} cannot be continued: step {runner.strategy.step} would now read other documents than when "
+            "it was saved. Restore the data files, or start a new run in another --work-dir."
+        )
+
+
+def next_documents(runner: "Runner") -> list[Any]:
+    """Ids of the documents of the step that comes next; empty after the last one."""
+    loader = runner.train_loop.dataloader
+    if runner.strategy.step >= runner.train_loop.num_steps:
+        return []
+    return jsonable(loader.dataset.document_ids(loader.sampler.plan(runner.strategy.step)))
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON gives it back, so that it compares equal with a saved one."""
+    return json.loads(json.dumps(value, ensure_ascii=False))
+
+
+def write_hf(directory: Path, llm: Any, record: "RunRecord") -> None:
+    """All of a Hugging Face directory but the weights: `convert` needs nothing outside the checkpoint."""
+    llm.config.save_pretrained(directory)
+    if llm.can_generate():
+        llm.generation_config.save_pretrained(directory)
+    record.tokenizer.save_pretrained(directory)
+    write_json(directory / "template.json", {"chat_template": record.chat_template})
+
+
+def versions() -> dict[str, str]:
+    """What computed this state; for people who look at an old checkpoint."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("tuner", "torch", "transformers")}}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with Chinese readable."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

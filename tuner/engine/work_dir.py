@@ -1,0 +1,96 @@
+"""The directory of a run: locked while it trains, and never written over what was there."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tuner.engine.checkpoint import find_checkpoint, list_checkpoints, remove_leftovers, step_of, write_text_atomically
+from tuner.errors import UserError
+
+LOCK = ".lock"
+CONFIG = "config.py"
+
+
+@contextmanager
+def locked(work_dir: Path) -> Iterator[None]:
+    """Hold the work dir for one run; the system lets go of the lock however the process ends.
+
+    Raises:
+        UserError: another run holds it (named by process and host), or it cannot be made.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        file = (work_dir / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{work_dir} cannot be used as work dir: {error}. Choose another with --work-dir.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{work_dir} is in use by another run ({owner(work_dir)}). Choose another --work-dir, or "
+                            "end that run first.") from error  # fmt: skip
+        file.seek(0)
+        file.truncate()
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+        file.flush()
+        yield
+
+
+def owner(work_dir: Path) -> str:
+    """Who holds the lock, as far as its file says."""
+    try:
+        holder = json.loads((work_dir / LOCK).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError):
+        return "it is just starting"
+
+
+def choose_checkpoint(work_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from; None begins anew. Call it under the lock: it clears a killed run's drafts.
+
+    Args:
+        work_dir: where the run will write.
+        resume: None, "auto" (the newest checkpoint of the work dir), or the path of a checkpoint or work dir.
+
+    Raises:
+        UserError: checkpoints are there and would be written over, or none is where one is asked for.
+    """
+    remove_leftovers(work_dir)
+    present = list_checkpoints(work_dir)
+    if resume is None:
+        if present:
+            raise UserError(
+                f"{work_dir} holds a run already, up to step {step_of(present[-1])}. Go on with --resume, "
+                "or choose another --work-dir."
+            )
+        return None
+    if resume == "auto":
+        if not present:
+            raise UserError(f"--resume: {work_dir} holds no checkpoint. Leave --resume out to begin, or name one.")
+        return present[-1]
+    chosen = find_checkpoint(Path(resume))
+    newer = [path.name for path in present if step_of(path) > step_of(chosen)]
+    if newer:
+        raise UserError(
+            f"{work_dir} holds newer checkpoints than {chosen} ({', '.join(newer)}), which this run would write over. "
+            "Choose another --work-dir, or delete them first."
+        )
+    return chosen
+
+
+def write_config(work_dir: Path, source: str, is_resumed: bool) -> Path:
+    """Write the config of the run as its author wrote it, with the settings filled in.
+
+    Raises:
+        UserError: a config.py is there which no run has written, such as a recipe of the user's own.
+    """
+    path = work_dir / CONFIG
+    is_used = is_resumed or (work_dir / "metrics.jsonl").exists()
+    if path.exists() and not is_used and path.read_text(encoding="utf-8") != source:
+        raise UserError(f"{path} exists and is another config; it was left as it is. Choose another --work-dir.")
+    write_text_atomically(path, source)
+    return path
