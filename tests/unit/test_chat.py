@@ -48,7 +48,9 @@ def talk(tokenizer, monkeypatch, capsys, lines, replies, tools=()):
 
 
 def test_a_reply_is_streamed_and_remembered(tokenizer, monkeypatch, capsys):
-    out, prompts, _ = talk(tokenizer, monkeypatch, capsys, ["hello", "again"], ["你好 there<|im_end|>", "yes<|im_end|>"])
+    out, prompts, _ = talk(
+        tokenizer, monkeypatch, capsys, ["hello", "again"], ["你好 there<|im_end|>", "yes<|im_end|>"]
+    )
     assert "你好 there\n" in out
     assert "yes" in out
     assert "<|im_end|>" not in out
