@@ -1,0 +1,114 @@
+"""From rows on disk to packed batches: the calls that a config makes."""
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from tuner.dataset.collate import Batch, collate, num_padding
+from tuner.dataset.ledger import Ledger
+from tuner.dataset.packing import Packs, pack, pack_each
+from tuner.dataset.prepare import build_shards
+from tuner.dataset.sampler import StepPlan, StepSampler
+from tuner.dataset.shards import Shards
+from tuner.errors import UserError
+
+__all__ = ["PackedDataset", "build_dataloader", "build_shards"]
+
+NUM_CACHED_EPOCHS = 2  # a prefetching worker may still be in the last one
+
+
+class PackedDataset:
+    """Shards whose documents are packed anew each epoch; item: a step's plan -> its micro-batches.
+
+    With `pack=False` each document is a batch of its own. Every batch is padded to a multiple of `pad_to_multiple_of`.
+    Raises UserError if a document is longer than `max_length`, or if there is none.
+    """
+
+    def __init__(
+        self, shards: Shards, *, max_length: int, seed: int, pack: bool = True, pad_to_multiple_of: int = 1
+    ) -> None:
+        if not len(shards):
+            raise UserError("There are no documents to pack. Check data_path and the token ledger.")
+        if shards.lengths.max() > max_length:
+            raise UserError(
+                f"A document has {shards.lengths.max()} tokens, over max_length={max_length} of the packs. "
+                "Give the shards and the packs the same max_length."
+            )
+        self.shards = shards
+        self.max_length, self.seed, self.pack = max_length, seed, pack
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._epochs: OrderedDict[int, Packs] = OrderedDict()
+        sizes = self.packs(0).sizes(shards.lengths)
+        self.num_packs = len(sizes)
+        padding = sum(num_padding(size, pad_to_multiple_of) for size in sizes.tolist()) if pad_to_multiple_of > 1 else 0
+        ledger = replace(shards.ledger, packs=self.num_packs, max_length=max_length, padding=padding)
+        self.ledger: Ledger = ledger
+        """where the tokens went, padding of an epoch included: the same in each, for the sizes of packs are"""
+        print(f"{len(shards):,} documents in {self.num_packs:,} packs of {max_length:,}, {ledger.efficiency:.2%} full")
+
+    @property
+    def num_loss_tokens(self) -> NDArray[np.int64]:
+        """(documents,) labels of each document."""
+        return self.shards.num_loss_tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process gets plans, which name the documents; it needs no packs."""
+        return {**self.__dict__, "_epochs": OrderedDict()}
+
+    def packs(self, epoch: int) -> Packs:
+        """The packs of an epoch: a function of (lengths, max_length, seed, epoch)."""
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self._packed(epoch)
+            while len(self._epochs) > NUM_CACHED_EPOCHS:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def __getitem__(self, plan: StepPlan) -> list[Batch]:
+        """One batch per micro-batch of the plan."""
+        return [
+            collate(
+                [self.shards.document(index) for index in documents],
+                plan.num_loss_tokens,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            )
+            for documents in plan.packs
+        ]
+
+    def document_ids(self, plan: StepPlan) -> list[str]:
+        """The `file:line` of every document of a step, to find what went wrong in it."""
+        return [self.shards.source(index) for documents in plan.packs for index in documents]
+
+    def _packed(self, epoch: int) -> Packs:
+        seed = (self.seed, epoch)
+        return pack(self.shards.lengths, self.max_length, seed) if self.pack else pack_each(len(self.shards), seed)
+
+
+def build_dataloader(
+    dataset: PackedDataset,
+    *,
+    num_accumulation_steps: int,
+    num_epochs: int = 1,
+    max_steps: int | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> "DataLoader[list[Batch]]":
+    """A loader of list[Batch], one list per optimizer step; its `.sampler` is the StepSampler, to seek and to ask."""
+    sampler = StepSampler(
+        dataset,
+        num_accumulation_steps=num_accumulation_steps,
+        num_epochs=num_epochs,
+        max_steps=max_steps,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=num_workers, collate_fn=_as_it_is)
+
+
+def _as_it_is(batches: list[Batch]) -> list[Batch]:
+    """`collate` has been called; torch's default would copy."""
+    return batches

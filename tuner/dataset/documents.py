@@ -1,0 +1,168 @@
+"""A chunk of rows -> documents of at most max_length tokens, with a ledger of every token: the work of one worker."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.dataset.chat_template import ChatTemplate, Segment, render
+from tuner.dataset.ledger import Count, Ledger
+from tuner.dataset.read import Chunk, Row
+from tuner.dataset.tokenize import Encoder
+from tuner.errors import UserError
+
+TOO_LONG = ("truncate", "split", "drop")
+ON_BAD_ROW = ("raise", "skip")
+
+
+class Block(NamedTuple):
+    """Documents end to end."""
+
+    ids: NDArray[np.uint32]  # (tokens,)
+    trained: NDArray[np.bool_]  # (tokens,)
+    lengths: NDArray[np.int64]  # (documents,)
+    num_loss_tokens: NDArray[np.int64]  # (documents,)
+    lines: NDArray[np.int64]  # (documents,): where in the file each one begins
+
+
+class BadRow(NamedTuple):
+    """A row that gives no document, and why."""
+
+    row: Row
+    reason: str
+
+
+class EncodedChunk(NamedTuple):
+    """What a worker makes of a chunk; `position` is the chunk's."""
+
+    block: Block
+    ledger: Ledger
+    bad_rows: list[BadRow]
+    position: int
+
+
+class Cuts(NamedTuple):
+    """Documents to keep as intervals [start, end) of the tokens end to end; `owners` says which document each was."""
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    owners: NDArray[np.int64]
+    num_loss_tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Turns chunks of rows into documents. The same chunk gives the same bytes in any process."""
+
+    to_sample: Callable[[dict[str, Any]], dict[str, Any]]
+    template: ChatTemplate
+    encoder: Encoder
+    max_length: int
+    too_long: str
+    on_bad_row: str
+
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        """Under on_bad_row="raise" the work stops at the first bad row, which the caller must raise."""
+        samples: list[list[Segment]] = []
+        lines: list[int] = []
+        bad_rows: list[BadRow] = []
+        for row in chunk.rows:
+            try:
+                samples.append(self._segments(row))
+                lines.append(row.line)
+            except UserError as error:
+                bad_rows.append(BadRow(row, str(error)))
+                if self.on_bad_row == "raise":
+                    break
+        block, ledger = self._encode(samples, np.array(lines, np.int64))
+        ledger += Ledger(rows=len(samples) + len(bad_rows), skipped=len(bad_rows))
+        return EncodedChunk(block, ledger.check(), bad_rows, chunk.position)
+
+    def _segments(self, row: Row) -> list[Segment]:
+        content = parse_row(row.content)
+        try:
+            sample = self.to_sample(content)
+        except UserError:
+            raise
+        except Exception as error:  # the user's own function may raise anything, and the row must be named
+            raise UserError(f"the data_format function raised {type(error).__name__}: {error}") from error
+        return render(sample, self.template)
+
+    def _encode(self, samples: list[list[Segment]], lines: NDArray[np.int64]) -> tuple[Block, Ledger]:
+        documents = self.encoder.encode(samples)
+        ids = np.concatenate([np.empty(0, np.uint32), *(document.ids for document in documents)])
+        trained = np.concatenate([np.empty(0, np.bool_), *(document.trained for document in documents)])
+        lengths = np.array([len(document.ids) for document in documents], np.int64)
+        cuts, ledger = fit(lengths, trained, self.max_length, self.too_long)
+        sizes = cuts.ends - cuts.starts
+        if sizes.sum() < len(ids):
+            kept = np.concatenate([np.empty(0, np.int64), *map(np.arange, cuts.starts, cuts.ends)])
+            ids, trained = ids[kept], trained[kept]
+        return Block(ids, trained, sizes, cuts.num_loss_tokens, lines[cuts.owners]), ledger
+
+
+def parse_row(content: bytes) -> dict[str, Any]:
+    """The object in a row. Raises UserError saying what is expected."""
+    try:
+        row = json.loads(content)
+        if b"\\ud" in content.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        found = content[error.start : error.start + 4].hex(" ")
+        raise UserError(f"not UTF-8 (the bytes {found} at column {error.start + 1}). Save it as UTF-8.") from error
+    except UnicodeEncodeError as error:
+        raise UserError("half of a surrogate pair (\\ud800 to \\udfff), which is no character.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON: {error.msg} at column {error.pos + 1}. Expected: one JSON object a row.") from error
+    except RecursionError as error:
+        raise UserError("nested too deeply. Expected: one JSON object a row.") from error
+    if not isinstance(row, dict):
+        raise UserError(f"a {type(row).__name__}. Expected: one JSON object ({{...}}) a row.")
+    return row
+
+
+def fit(lengths: NDArray[np.int64], trained: NDArray[np.bool_], max_length: int, too_long: str) -> tuple[Cuts, Ledger]:
+    """Cut documents (of `lengths`, their marks end to end in `trained`) to max_length; drop what has no label."""
+    starts, ends, owners = _intervals(lengths, max_length, too_long)
+    before = np.concatenate([[0], np.cumsum(trained)])  # trained tokens before each position
+    num_loss_tokens = before[ends] - before[np.minimum(starts + 1, ends)]
+    kept = num_loss_tokens > 0
+    over = lengths > max_length
+    ledger = Ledger(
+        read=_count(lengths),
+        dropped=_count(lengths[over]) if too_long == "drop" else Count(),
+        untrained=_count((lengths[owners] if too_long == "truncate" else ends - starts)[~kept]),
+        truncated=_count((lengths - max_length)[over & kept]) if too_long == "truncate" else Count(),
+        split=int(over.sum()) if too_long == "split" else 0,
+        pieces=int(over[owners].sum()) if too_long == "split" else 0,
+        kept=_count((ends - starts)[kept]),
+        masked=int((ends - starts - num_loss_tokens)[kept].sum()),
+        unpredicted=int(trained[starts[kept]].sum()),
+        trained=int(num_loss_tokens[kept].sum()),
+    )
+    return Cuts(starts[kept], ends[kept], owners[kept], num_loss_tokens[kept]), ledger
+
+
+def _count(lengths: NDArray[np.int64]) -> Count:
+    return Count(len(lengths), int(lengths.sum()))
+
+
+def _intervals(
+    lengths: NDArray[np.int64], max_length: int, too_long: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Starts, ends and owners of what too_long leaves of each document."""
+    first = np.cumsum(lengths) - lengths
+    owners = np.arange(len(lengths))
+    if too_long == "truncate":
+        return first, first + np.minimum(lengths, max_length), owners
+    if too_long == "drop":
+        owners = owners[lengths <= max_length]
+        return first[owners], (first + lengths)[owners], owners
+    pieces = np.maximum(1, -(-lengths // max_length))
+    owners = np.repeat(owners, pieces)
+    number = np.arange(len(owners)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = first[owners] + number * max_length
+    return starts, np.minimum(starts + max_length, (first + lengths)[owners]), owners

@@ -1,0 +1,73 @@
+"""What the content of a shard depends on, beside the data file: code and settings, as text to be hashed."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from pprint import pformat
+from types import CodeType
+from typing import Any
+
+from tuner.errors import UserError
+
+# Modules of this package that act after the shards are written, so that a change in them changes no shard.
+AFTER_SHARDS = ("__init__", "build", "cache", "collate", "packing", "prepare", "sampler", "sources", "workers")
+
+
+def digest(ingredients: dict[str, Any]) -> str:
+    """A directory name for a set of ingredients."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The ingredients that differ, with their values where a person can read them."""
+    named = [key for key in after if before.get(key) != after[key]]
+    short = {key: len(f"{before.get(key)}{after[key]}") < 40 for key in named}
+    return [f"{key} ({before.get(key)} -> {after[key]})" if short[key] else key for key in named]
+
+
+@cache
+def code_digest() -> str:
+    """Hash of the modules that turn rows into tokens: another version of them makes other shards."""
+    modules = sorted(Path(__file__).parent.glob("*.py"))
+    sources = [file.read_bytes() for file in modules if file.stem not in AFTER_SHARDS]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
+
+
+def callable_digest(function: Callable[..., Any]) -> str:
+    """Hash of a user's function: its text, what its closure holds, and what it uses of its own module."""
+    return hashlib.sha256("\0".join(sorted(_texts(function, {}).values())).encode()).hexdigest()
+
+
+def _texts(function: Callable[..., Any], seen: dict[str, str]) -> dict[str, str]:
+    """Source text by name, of a function and of the functions and constants of its module that it names."""
+    try:
+        seen[f"{function.__module__}.{function.__qualname__}"] = inspect.getsource(function)
+    except (OSError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"data_format={function!r}: its source text is not to be found, so a change in it would go unseen. "
+            "Give a function that is defined in a file."
+        ) from error
+    if not inspect.isfunction(function):  # a class or an instance of one: its text is all
+        return seen
+    used = dict(inspect.getclosurevars(function).nonlocals)
+    used |= {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
+    for name, value in used.items():
+        key = f"{function.__module__}.{name}"
+        if inspect.isfunction(value) and value.__module__ == function.__module__:
+            if f"{value.__module__}.{value.__qualname__}" not in seen:
+                _texts(value, seen)
+        elif _is_plain(value):
+            seen[key] = f"{name}={pformat(value)}"
+    return seen
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float | bool | list | tuple | dict | set | frozenset | None)

@@ -1,0 +1,207 @@
+"""Documents to packs: a pure function of lengths, max_length and a seed; best-fit, in bulk per length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.errors import UserError
+
+IntArray = NDArray[np.int64]
+BITS_BESIDE_LENGTH = 24  # of a sorting key of 64: lengths up to 2**40, and 24 random bits to order equal lengths
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Packs in the order in which they are trained; pack p is `documents[edges[p]:edges[p + 1]]`."""
+
+    documents: IntArray  # (documents,) every document number once
+    edges: IntArray  # (packs + 1,)
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    def __getitem__(self, pack: int) -> IntArray:
+        """The document numbers of a pack."""
+        return self.documents[self.edges[pack] : self.edges[pack + 1]]
+
+    def sizes(self, values: IntArray) -> IntArray:
+        """(packs,) the sum over each pack's documents of `values` (documents,): lengths, or labels."""
+        return np.add.reduceat(values[self.documents], self.edges[:-1]) if len(self) else np.empty(0, np.int64)
+
+
+class _Part(NamedTuple):
+    """What a kind of pack holds: `number` documents of `length`, and before them `rest`."""
+
+    length: int
+    number: int
+    rest: "_Part | None"
+
+
+class _Kind(NamedTuple):
+    """`number` packs that hold the same lengths and have the same room left."""
+
+    number: int
+    content: _Part | None
+
+
+def pack(lengths: IntArray, max_length: int, seed: Sequence[int]) -> Packs:
+    """Every document in exactly one pack of at most `max_length` tokens.
+
+    Best-fit decreasing: the longest document left goes to the fullest pack that has room. Which lengths meet in a pack
+    follows from the lengths alone, so the number of packs does not depend on the seed; the seed (any integers, such as
+    (seed, epoch)) says which of the documents of a length goes where, and the order of the packs. The same on every
+    platform and with every version of numpy: random numbers are splitmix64 of the seed and the document's number.
+    Raises UserError if a document is longer than `max_length`.
+    """
+    if not len(lengths):
+        return Packs(np.empty(0, np.int64), np.zeros(1, np.int64))
+    if lengths.max() > max_length:
+        raise UserError(
+            f"A document has {lengths.max()} tokens, a pack has room for {max_length}. "
+            "Give packing the max_length that the shards were made with, or more."
+        )
+    ordered, starts = _by_length(lengths, seed)
+    kinds = _best_fit(np.diff(starts), max_length)
+    documents, sizes = _fill(kinds, ordered, starts)
+    order = permutation(len(sizes), seed)
+    return _reorder(documents, sizes, order)
+
+
+def pack_each(num_documents: int, seed: Sequence[int]) -> Packs:
+    """One document per pack, in a random order."""
+    return Packs(permutation(num_documents, seed), np.arange(num_documents + 1))
+
+
+def permutation(number: int, seed: Sequence[int]) -> IntArray:
+    """The numbers from 0 to `number` - 1 in an order given by the seed alone."""
+    return np.argsort(random_bits(number, [*seed, 1]), kind="stable")
+
+
+def random_bits(number: int, seed: Sequence[int]) -> NDArray[np.uint64]:
+    """(number,) 64 random bits each, from the seed and the index: splitmix64 (Steele, Lea, Flood 2014)."""
+    state = np.zeros(1, np.uint64)
+    for part in seed:
+        state = _mix(state + np.uint64(part % (1 << 64)))
+    return _mix(np.arange(number, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _by_length(lengths: IntArray, seed: Sequence[int]) -> tuple[IntArray, IntArray]:
+    """Document numbers by length, equal ones in random order, and where each length's begin (up to the longest + 1)."""
+    keys = lengths.astype(np.uint64) << np.uint64(BITS_BESIDE_LENGTH)
+    keys |= random_bits(len(lengths), [*seed, 0]) >> np.uint64(64 - BITS_BESIDE_LENGTH)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(lengths))])
+    return np.argsort(keys, kind="stable"), starts
+
+
+class _Rooms:
+    """Kinds of packs by the room they have left; finds the least room that suffices in constant time.
+
+    A set of integers as bits of words of WORD bits, and one word more for which of them are not zero.
+    """
+
+    WORD = 1024
+
+    def __init__(self, max_length: int) -> None:
+        self._kinds: dict[int, list[_Kind]] = {}
+        self._words = [0] * (max_length // self.WORD + 1)
+        self._filled = 0
+
+    def put(self, room: int, kind: _Kind) -> None:
+        word, bit = divmod(room, self.WORD)
+        self._kinds.setdefault(room, []).append(kind)
+        self._words[word] |= 1 << bit
+        self._filled |= 1 << word
+
+    def take(self, length: int) -> tuple[int, _Kind] | None:
+        """A kind with the least room of at least `length`, and that room."""
+        word, bit = divmod(length, self.WORD)
+        bits = self._words[word] >> bit << bit
+        if not bits:
+            filled = self._filled >> (word + 1) << (word + 1)
+            if not filled:
+                return None
+            word = _lowest(filled)
+            bits = self._words[word]
+        bit = _lowest(bits)
+        room = word * self.WORD + bit
+        kind = self._kinds[room].pop()
+        if not self._kinds[room]:
+            del self._kinds[room]
+            self._words[word] ^= 1 << bit
+            self._filled ^= (not self._words[word]) << word
+        return room, kind
+
+    def all(self) -> list[_Kind]:
+        """Every kind, the fullest first."""
+        return [kind for _, group in sorted(self._kinds.items()) for kind in group]
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def _best_fit(counts: IntArray, max_length: int) -> list[_Kind]:
+    """Kinds of packs for `counts[n]` documents of each length n.
+
+    All packs of a kind are filled at once, so the work grows with the number of different lengths, not of documents.
+    """
+    rooms = _Rooms(max_length)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            room, kind = rooms.take(length) or (max_length, _Kind(-(-left // (max_length // length)), None))
+            for number, documents in _shares(kind.number, left, room // length):
+                content = _Part(length, documents, kind.content) if documents else kind.content
+                rooms.put(room - documents * length, _Kind(number, content))
+                left -= number * documents
+    return rooms.all()
+
+
+def _shares(packs: int, documents: int, fit: int) -> list[tuple[int, int]]:
+    """(packs, documents for each): as many as fit into one after the other; the last to get any gets what there is."""
+    full = min(packs, documents // fit)
+    rest = documents - full * fit if full < packs else 0
+    shares = ((full, fit), (min(rest, 1), rest), (packs - full - min(rest, 1), 0))
+    return [share for share in shares if share[0]]
+
+
+def _fill(kinds: list[_Kind], ordered: IntArray, starts: IntArray) -> tuple[IntArray, IntArray]:
+    """Real documents for the kinds of packs: their numbers, pack by pack, and how many are in each."""
+    documents = np.empty_like(ordered)
+    used = starts[:-1].tolist()  # by length: the next of `ordered` to be given away
+    sizes = np.empty(sum(kind.number for kind in kinds), np.int64)
+    first_pack = first_document = 0
+    for number, content in kinds:
+        parts = []
+        while content is not None:
+            parts.append(content)
+            content = content.rest
+        size = sum(part.number for part in parts)
+        table = documents[first_document : first_document + number * size].reshape(number, size)
+        column = 0
+        for part in reversed(parts):
+            taken = used[part.length] + number * part.number
+            block = ordered[used[part.length] : taken].reshape(number, part.number)
+            table[:, column : column + part.number] = block
+            used[part.length], column = taken, column + part.number
+        sizes[first_pack : first_pack + number] = size
+        first_pack, first_document = first_pack + number, first_document + number * size
+    return documents, sizes
+
+
+def _reorder(documents: IntArray, sizes: IntArray, order: IntArray) -> Packs:
+    """The packs in another order."""
+    starts = np.cumsum(sizes) - sizes
+    edges = np.concatenate([[0], np.cumsum(sizes[order])])
+    gather = np.arange(len(documents)) + np.repeat(starts[order] - edges[:-1], sizes[order])
+    return Packs(documents[gather], edges)

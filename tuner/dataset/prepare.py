@@ -1,0 +1,199 @@
+"""Data files -> shards, each made once and opened at once ever after; the ledger is printed."""
+
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tuner.dataset.cache import build_once, writing
+from tuner.dataset.chat_template import CHAT_TEMPLATES
+from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG, EncodedChunk, RowEncoder
+from tuner.dataset.fingerprint import callable_digest, changes, code_digest, digest
+from tuner.dataset.formats import FORMATS
+from tuner.dataset.ledger import Ledger
+from tuner.dataset.messages import nearest
+from tuner.dataset.read import Chunk, file_kind, read_chunks
+from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
+from tuner.dataset.sources import (
+    check_unchanged,
+    content_digest,
+    expand,
+    read_record,
+    record_path,
+    stamp,
+    write_record,
+)
+from tuner.dataset.tokenize import Encoder
+from tuner.dataset.workers import Workers, num_cores
+from tuner.demo.files import cache_root
+from tuner.errors import UserError
+
+SMALL_BYTES = 4 << 20  # tokenised sooner than worker processes have started
+Format = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def build_shards(
+    path: str | list[str],
+    *,
+    data_format: str | Format,
+    chat_template: str,
+    tokenizer: Any,
+    max_length: int,
+    too_long: str = "truncate",
+    on_bad_row: str = "raise",
+    cache_dir: str | Path | None = None,
+) -> Shards:
+    """Tokenise data files (paths, globs, `demo:` names), or open what an earlier run has made of them.
+
+    `data_format` is a key of FORMATS or a function row -> sample. Documents over `max_length` tokens are cut short, cut
+    into pieces or dropped, as `too_long` says; a bad row stops the work or is written aside, as `on_bad_row` says.
+    `cache_dir` is by default `shards` in $TUNER_CACHE or ~/.cache/tuner. Raises UserError for bad settings or data.
+    """
+    _check_settings(data_format, chat_template, max_length, too_long, on_bad_row)
+    files = expand(path)
+    template = CHAT_TEMPLATES[chat_template]
+    encoder = Encoder.from_tokenizer(tokenizer, template)
+    to_sample = FORMATS[data_format] if isinstance(data_format, str) else data_format
+    name = data_format if isinstance(data_format, str) else callable_digest(data_format)
+    rows = RowEncoder(to_sample, template, encoder, max_length, too_long, on_bad_row)
+    ingredients = {"data_format": name, "chat_template": chat_template}
+    directory = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "shards"
+    shards = Preparation(rows, ingredients, directory, num_workers=num_cores()).run(files)
+    print(shards.ledger.table(), flush=True)
+    if not len(shards):
+        raise UserError(f"No document is left of {', '.join(map(str, files))}: see the token ledger above.")
+    return shards
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Makes the shards that are missing in `cache_dir`, with `rows` on at most `num_workers` processes."""
+
+    rows: RowEncoder
+    settings: dict[str, Any]
+    cache_dir: Path
+    num_workers: int
+
+    def run(self, files: list[Path]) -> Shards:
+        """One shard per file, so that another file or an edited one costs only itself."""
+        directories = []
+        missing = {}
+        for file in files:
+            ingredients = self._ingredients(file)
+            directory = self.cache_dir / digest(ingredients)
+            directories.append(directory)
+            if not is_whole(directory):
+                missing[file] = (directory, ingredients)
+        if missing:
+            self._make(missing)
+        for file, directory in zip(files, directories):
+            _report_bad_rows(file, directory)
+        return Shards(directories, files)
+
+    def _ingredients(self, file: Path) -> dict[str, Any]:
+        """All that the content of a file's shard depends on; the file is read for its digest only if it has changed."""
+        place = record_path(self.cache_dir, file)
+        record = read_record(place)
+        before = record.get("ingredients")
+        ingredients = {
+            "file content": content_digest(file, record),
+            "file ending": file_kind(file),
+            **self.settings,
+            "tokenizer": self.rows.encoder.fingerprint,
+            "max_length": self.rows.max_length,
+            "too_long": self.rows.too_long,
+            "on_bad_row": self.rows.on_bad_row,
+            "tuner's code": code_digest(),
+            "shard format": FORMAT_VERSION,
+        }
+        if before is not None and before != ingredients:
+            print(f"{file}: changed since the last run: {', '.join(changes(before, ingredients))}")
+        if before != ingredients or read_record(place) != record:
+            with writing(place.parent):
+                write_record(place, {**record, "ingredients": ingredients})
+        return ingredients
+
+    def _make(self, missing: dict[Path, tuple[Path, dict[str, Any]]]) -> None:
+        size = sum(file.stat().st_size for file in missing)
+        num_workers = self.num_workers if size > SMALL_BYTES else 1
+        if num_workers > 1 and not _travels(self.rows):
+            num_workers = 1
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=0.5)
+        with bar, Workers(self.rows, num_workers=num_workers) as workers:
+            for file, (directory, ingredients) in missing.items():
+                write = partial(_write, file=file, ingredients=ingredients, workers=workers, bar=bar)
+                build_once(directory, write, is_whole)
+
+
+def _write(
+    directory: Path, *, file: Path, ingredients: dict[str, Any], workers: Workers[Chunk, EncodedChunk], bar: Any
+) -> None:
+    before = stamp(file)
+    writer = ShardWriter(directory)
+    ledger, position = Ledger(), 0
+    try:
+        for chunk in workers.map(read_chunks(file)):
+            if chunk.bad_rows and ingredients["on_bad_row"] == "raise":
+                raise _bad_row_error(file, chunk)
+            writer.append(chunk.block, chunk.bad_rows)
+            ledger += chunk.ledger
+            bar.set_postfix_str(f"{ledger.read.tokens:,} tokens", refresh=False)
+            bar.update(chunk.position - position)
+            position = chunk.position
+        check_unchanged(file, before)
+        writer.close(ledger, ingredients)
+    finally:
+        writer.abandon()
+
+
+def _bad_row_error(file: Path, chunk: EncodedChunk) -> UserError:
+    bad = chunk.bad_rows[0]
+    return UserError(
+        f"{file}:{bad.row.line}: bad row: {bad.reason}\n"
+        'Mend the row, or set on_bad_row = "skip" to leave such rows out; they are then counted and written to a file.'
+    )
+
+
+def _report_bad_rows(file: Path, directory: Path) -> None:
+    skipped = json.loads((directory / "meta.json").read_bytes())["ledger"]["skipped"]
+    if skipped:
+        print(f"{file}: {skipped:,} bad rows skipped; they are in {directory / 'bad_rows.jsonl'}")
+        print(f"  and why, line by line, in {directory / 'bad_rows.reasons.jsonl'}")
+
+
+def _travels(rows: RowEncoder) -> bool:
+    """Whether a user's function can be sent to other processes."""
+    try:
+        pickle.dumps(rows)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        warnings.warn(
+            f"Tokenising on one core, since the data_format function cannot be sent to others ({error}). "
+            "Define it at the top level of a module.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _check_settings(
+    data_format: str | Format, chat_template: str, max_length: int, too_long: str, on_bad_row: str
+) -> None:
+    problems = []
+    for name, value, allowed in (
+        ("data_format", data_format if isinstance(data_format, str) else None, FORMATS),
+        ("chat_template", chat_template, CHAT_TEMPLATES),
+        ("too_long", too_long, TOO_LONG),
+        ("on_bad_row", on_bad_row, ON_BAD_ROW),
+    ):
+        if value is not None and value not in allowed:
+            problems.append(f"{name}={value!r} is not known. Allowed: {', '.join(allowed)}.{nearest(value, allowed)}")
+    if max_length < 2:
+        problems.append(f"max_length={max_length} leaves no token to predict. Give at least 2.")
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,94 @@
+"""Which packs each optimizer step takes, as a function of the step: resuming is asking for a later one."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.dataset.packing import Packs
+from tuner.errors import UserError
+
+
+class StepPlan(NamedTuple):
+    """What one rank does in one optimizer step; steps count from 0.
+
+    `packs` has the document numbers of each micro-batch; an empty one is a micro-batch without loss, for a rank that
+    has fewer packs than others at the end of an epoch. `num_loss_tokens` is of the whole step, over all ranks.
+    """
+
+    step: int
+    epoch: int
+    packs: tuple[tuple[int, ...], ...]
+    num_loss_tokens: int
+
+
+class Packed(Protocol):
+    """What the sampler needs of a dataset; `PackedDataset` is one."""
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of an epoch, the same in each."""
+
+    @property
+    def num_loss_tokens(self) -> NDArray[np.int64]:
+        """(documents,) labels of each document, at least one."""
+
+    def packs(self, epoch: int) -> Packs:
+        """The epoch's packs in order, from the seed and the epoch alone."""
+
+
+class StepSampler:
+    """The steps of a training run for one of `num_ranks` data-parallel ranks.
+
+    An epoch takes every pack once; its last step may have fewer micro-batches, but as many on each rank. `max_steps`,
+    if given, takes the place of `num_epochs`: the run goes on through as many epochs as that takes.
+    Raises UserError for counts below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Packed,
+        *,
+        num_accumulation_steps: int,
+        num_epochs: int = 1,
+        max_steps: int | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        counts = {"num_accumulation_steps": num_accumulation_steps, "num_epochs": num_epochs, "max_steps": max_steps}
+        wrong = [f"{name}={count}" for name, count in counts.items() if count is not None and count < 1]
+        if wrong:
+            raise UserError(f"{', '.join(wrong)}: expected at least 1.")
+        assert 0 <= rank < num_ranks, (rank, num_ranks)
+        self._dataset = dataset
+        self._packs_per_step = num_accumulation_steps * num_ranks
+        self._rank, self._num_ranks = rank, num_ranks
+        self.steps_per_epoch = -(-dataset.num_packs // self._packs_per_step)
+        self._num_steps = max_steps if max_steps is not None else num_epochs * self.steps_per_epoch
+        self._start = 0
+
+    def __len__(self) -> int:
+        """Steps of the whole run, wherever it starts."""
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[StepPlan]:
+        return map(self.plan, range(self._start, self._num_steps))
+
+    def seek(self, step: int) -> None:
+        """Start from this step (counted from 0) the next time the steps are iterated."""
+        if not 0 <= step <= self._num_steps:
+            raise UserError(f"Step {step} is not in a run of {self._num_steps} steps. Check max_steps, num_epochs.")
+        self._start = step
+
+    def plan(self, step: int) -> StepPlan:
+        """What this rank does in a step: every `num_ranks`-th pack of the step's, in constant time within an epoch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        packs = self._dataset.packs(epoch)
+        first = place * self._packs_per_step
+        last = min(first + self._packs_per_step, len(packs))
+        num_micro_batches = -(-(last - first) // self._num_ranks)
+        mine = [tuple(packs[pack].tolist()) for pack in range(first + self._rank, last, self._num_ranks)]
+        mine += [()] * (num_micro_batches - len(mine))
+        documents = packs.documents[packs.edges[first] : packs.edges[last]]
+        return StepPlan(step, epoch, tuple(mine), int(self._dataset.num_loss_tokens[documents].sum()))

@@ -1,0 +1,127 @@
+"""A map over many processes whose results come in order and whose memory is bounded."""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
+
+from tuner.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WINDOW = 4  # items per worker that may be under way or wait for their turn
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Workers(Generic[Item, Result]):
+    """One function on `num_workers` processes, or in this one if that is 1; the results are the same.
+
+    Each process is at the far end of a pipe and has one item at a time. They are spawned: they import the function's
+    module and the main script, nothing else, and leave when this process is gone.
+    """
+
+    def __init__(self, function: Callable[[Item], Result], *, num_workers: int) -> None:
+        self._function, self._num_workers = function, num_workers
+        self._processes: list[Any] = []
+        self._idle: list[Connection] = []
+        self._busy: dict[Connection, int] = {}
+
+    def __enter__(self) -> "Workers[Item, Result]":
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self._num_workers if self._num_workers > 1 else 0):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, self._function), daemon=True)
+            process.start()
+            theirs.close()  # so that a worker's death shows as the end of our pipe
+            self._processes.append(process)
+            self._idle.append(ours)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in [*self._idle, *self._busy]:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+    def map(self, items: Iterable[Item]) -> Iterator[Result]:
+        """The function of each item, in order, lazily. Raises what the function raises."""
+        if not self._processes:
+            return map(self._function, items)
+        return self._map(iter(items))
+
+    def _map(self, items: Iterator[Item]) -> Iterator[Result]:
+        done: dict[int, Result] = {}
+        sent = given = 0
+        exhausted = False
+        while not exhausted or given < sent:
+            while not exhausted and self._idle and sent - given < WINDOW * self._num_workers:
+                exhausted = not self._send(sent, items)
+                sent += not exhausted
+            if self._busy:
+                done.update(self._receive())
+            while given in done:
+                yield done.pop(given)
+                given += 1
+
+    def _send(self, number: int, items: Iterator[Item]) -> bool:
+        for item in items:
+            connection = self._idle.pop()
+            self._busy[connection] = number
+            try:
+                connection.send(item)
+            except BrokenPipeError as death:
+                raise RuntimeError(self._obituary()) from death
+            return True
+        return False
+
+    def _receive(self) -> dict[int, Result]:
+        received = {}
+        for connection in wait(list(self._busy)):
+            assert isinstance(connection, Connection)
+            try:
+                result, error = connection.recv()
+            except (EOFError, ConnectionResetError) as death:
+                raise RuntimeError(self._obituary()) from death
+            if error is not None:
+                raise error
+            received[self._busy.pop(connection)] = result
+            self._idle.append(connection)
+        return received
+
+    def _obituary(self) -> str:
+        for process in self._processes:
+            process.join(timeout=1)
+        codes = sorted({process.exitcode for process in self._processes if process.exitcode})
+        return (
+            f"A worker process ended early (exit codes {codes}). -9 means killed, often for lack of memory. "
+            '1 at the start often means a script without `if __name__ == "__main__":` around its work.'
+        )
+
+
+def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[Any, Exception | None] = (function(item), None)
+        except UserError as error:
+            answer = (None, error)
+        except Exception:  # an error of ours: its traceback would not survive the journey by itself
+            answer = (None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            return
