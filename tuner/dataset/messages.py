@@ -103,9 +103,9 @@ def split_parallel_calls(messages: Sequence[Message]) -> list[Message]:
         message = messages[position]
         if message["role"] == "tool":
             raise RowError(f"Message {position} is a tool result, but no tool call comes before it.")
-        results = results_after(messages, position)
         calls = message.get("tool_calls") or []
-        position += 1 + (len(results) if calls else 0)
+        results = results_after(messages, position) if calls else []
+        position += 1 + len(results)
         if not calls:
             split.append(message)
         for place, (call, result) in enumerate(zip(calls, match_results(calls, results))):

@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -72,7 +73,7 @@ class Encoder:
         self._is_special[list(special_ids.values())] = True
         marks = [mark for mark in template.special_tokens if mark in special_ids]
         self._marks = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")")
-        self._written: dict[str, np.ndarray] = {}  # the template writes the same few texts again and again
+        self._written: dict[str, list[int]] = {}  # the template writes the same few texts again and again
 
     @classmethod
     def from_tokenizer(cls, tokenizer: FastTokenizer, template: ChatTemplate) -> "Encoder":
@@ -118,33 +119,29 @@ class Encoder:
 
     def encode(self, samples: Sequence[Sequence[Segment]]) -> list[Document]:
         """Each sample's segments, one after the other, to one document; the samples' plain texts go in one batch."""
-        texts = dict.fromkeys(segment.text for segments in samples for segment in segments if not segment.special)
-        plain = dict(zip(texts, self._encode_plain(list(texts))))
-        return [self._document(segments, plain) for segments in samples]
-
-    def _document(self, segments: Sequence[Segment], plain: Mapping[str, np.ndarray]) -> Document:
-        parts = [self._encode_special(part.text) if part.special else plain[part.text] for part in segments]
-        if not parts:
-            return Document(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=bool))
-        trained = np.repeat([segment.trained for segment in segments], [len(part) for part in parts])
-        return Document(np.concatenate(parts), trained)
-
-    def _encode_plain(self, texts: list[str]) -> Iterator[np.ndarray]:
+        segments = list(chain.from_iterable(samples))
+        texts = list(dict.fromkeys(segment.text for segment in segments if not segment.special))
         encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        for encoding in encodings:
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            # ids above the table's end are ordinary: clipped to its last entry, which is False
-            assert not self._is_special.take(ids, mode="clip").any(), "plain text became a special token"
-            yield ids
+        plain = {text: encoding.ids for text, encoding in zip(texts, encodings)}
+        parts = [self._written_ids(part.text) if part.special else plain[part.text] for part in segments]
+        lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
+        ids = np.fromiter(chain.from_iterable(parts), dtype=np.uint32, count=lengths.sum())
+        trained = np.repeat(np.array([segment.trained for segment in segments], dtype=bool), lengths)
+        special = np.repeat(np.array([segment.special for segment in segments], dtype=bool), lengths)
+        # ids behind the end of the table are ordinary: they are clipped to its last entry, which is False
+        assert not self._is_special.take(ids[~special], mode="clip").any(), "plain text became a special token"
+        ends = np.concatenate([[0], lengths.cumsum()])  # of segments, in tokens
+        edges = [int(ends[num_segments]) for num_segments in accumulate(map(len, samples), initial=0)]
+        return [Document(ids[start:end], trained[start:end]) for start, end in pairwise(edges)]
 
-    def _encode_special(self, text: str) -> np.ndarray:
+    def _written_ids(self, text: str) -> list[int]:
         """A text of the template itself: its marks by look-up, the words between them as plain text."""
         if text not in self._written:
             ids: list[int] = []
             for piece in filter(None, self._marks.split(text)):
                 known = self._special_ids.get(piece)
                 ids += self._plain.encode(piece, add_special_tokens=False).ids if known is None else [known]
-            self._written[text] = np.array(ids, dtype=np.uint32)
+            self._written[text] = ids
         return self._written[text]
 
 
@@ -170,6 +167,6 @@ def _check_supported(settings: Mapping[str, Any], kind: str, name: str) -> None:
     if prefix:
         raise UserError(
             f"The tokenizer {name!r} puts a space before every text ({', '.join(prefix)}), so a conversation encoded"
-            " piece by piece gets spaces that nobody wrote. Choose a model whose tokenizer does not (InternLM2, Llama 3,"
-            " Qwen)."
+            " piece by piece gets spaces that nobody wrote. Choose a model whose tokenizer does not (InternLM2, Llama 3"
+            " or Qwen)."
         )
