@@ -1,10 +1,12 @@
 """Turns a sentencepiece BPE model into the JSON of the `tokenizers` library, and keeps it in the user's cache."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
+import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -17,6 +19,7 @@ from tuner.model.internlm2.sentencepiece_model import Piece, SentencePieceModel,
 
 FORMAT_VERSION = 1  # raise it whenever the same model file gives another JSON: old cache entries are then passed over
 SPACE = "▁"
+SPARE = re.compile(r"\[UNUSED_TOKEN_\d+\]")
 
 # The published names of the six chat tokens, for a directory whose tokenizer_config.json does not tell them.
 PUBLISHED_VOCAB_SIZE = 92544
@@ -81,13 +84,14 @@ def _read(path: Path) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     body = text.encode()
+    unfinished = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that two processes that start together never read half a file.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
-            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        os.replace(file.name, path)
+        unfinished.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        os.replace(unfinished, path)  # two processes that start together never read half a file
     except OSError as error:
+        with contextlib.suppress(OSError):  # the same trouble again is no news
+            unfinished.unlink()
         logging.getLogger(__name__).warning(
             "The tokenizer could not be cached (%s) and is built anew in each process. Point TUNER_CACHE at a "
             "directory that can be written.",
@@ -98,8 +102,8 @@ def _write(path: Path, text: str) -> None:
 def build_json(model: SentencePieceModel, declared: Mapping[int, AddedToken]) -> str:
     """tokenizer.json of `model`, in the form that tokenizers 0.15 reads too (merges as strings).
 
-    A token with a name of its own, a control piece and a user-defined piece of three characters or more can only come
-    out of matching an added token, never out of merging characters: without `added_tokens` no text gives such an id.
+    A token with a name of its own, a control piece and a spare piece can only come out of matching an added token,
+    never out of merging characters: without `added_tokens` no text gives such an id.
     """
     check_supported(model)
     added = added_tokens(model.pieces, declared)
@@ -189,11 +193,19 @@ def merges(pieces: list[Piece], named: set[int]) -> list[str]:
 
     sentencepiece joins the two neighbours whose union has the best score, so every way to cut a piece into two pieces
     is a merge of that piece's rank. User-defined pieces are cut out of the text before, and stay as they are: one of
-    two characters is a merge ahead of all others, and none is ever a half.
+    two characters is a merge ahead of all others, and none is ever a half. The spare ones stay out of reach.
     """
     normal = {piece.text: -piece.score for i, piece in enumerate(pieces) if piece.kind == "normal" and i not in named}
-    whole = [piece.text for i, piece in enumerate(pieces) if piece.kind == "user_defined" and i not in named]
-    first = [f"{text[0]} {text[1]}" for text in whole if len(text) == 2 and text[0] in normal and text[1] in normal]
+    first = []
+    for i, (text, _, kind) in enumerate(pieces):
+        if kind != "user_defined" or i in named or len(text) == 1 or SPARE.fullmatch(text):
+            continue
+        if len(text) != 2 or text[0] not in normal or text[1] not in normal:
+            raise UserError(
+                f"tokenizer.model has the user-defined piece {text!r}, which no merge can give. Name it in "
+                f'added_tokens_decoder: "{i}": {{"content": {text!r}, "special": false}}'
+            )
+        first.append(f"{text[0]} {text[1]}")
     ranked = [
         (rank, -cut, text)  # of the cuts of one piece the longest left half first, as transformers ranks them
         for text, rank in normal.items()
