@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tuner.check import check
 from tuner.config import load
 from tuner.configs import literals
 from tuner.engine.assemble import Assembly
@@ -34,8 +35,9 @@ def train(source: str, *, work_dir: Path, resume: str | None = None) -> Path:
         checkpoint = choose_checkpoint(work_dir, resume)
         path = write_config(work_dir, source, checkpoint is not None)
         config = load(path)
-        record_settings = {name: setting.value for name, setting in literals.settings(source, str(path)).items()}
-        build_runner(config, source, record_settings, work_dir=work_dir, checkpoint=checkpoint).train()
+        check(config)
+        settings = {name: setting.value for name, setting in literals.settings(source, str(path)).items()}
+        build_runner(config, source, settings, work_dir=work_dir, checkpoint=checkpoint).train()
     return work_dir
 
 
@@ -43,9 +45,11 @@ def build_runner(
     config: Any, source: str, settings: dict[str, Any], *, work_dir: Path, checkpoint: Path | None = None
 ) -> Runner:
     """Data first (it may take hours and fail on a row), then weights, then the frame around them."""
-    assembly = Assembly(config)
+    if "tokenizer" not in config:
+        raise UserError("The config needs its tokenizer by name: tokenizer = dict(type=build_tokenizer, path=...).")
+    assembly, seed = Assembly(config), config.get("seed", 0)
     set_num_threads()
-    seed_everything(config.seed)
+    seed_everything(seed)
     tokenizer = assembly.build(config.tokenizer)
     dataloader = assembly.build(config.train_dataloader)
     save_ledger(dataloader, work_dir)
@@ -58,10 +62,10 @@ def build_runner(
         schedule=assembly.build(config.param_scheduler),
         strategy=assembly.build(config.strategy),
         train_cfg=config.train_cfg,
-        hooks=assembly.build(config.custom_hooks),
+        hooks=assembly.build(config.get("custom_hooks", [])),
     )
     record = RunRecord(source, json.loads(json.dumps(settings)), tokenizer, settings.get("chat_template"))
-    seed_everything(config.seed)  # what building drew depends on the model's code; what training draws should not
+    seed_everything(seed)  # what building drew depends on the model's code; what training draws should not
     return Runner(parts, record, work_dir=work_dir, checkpoint=checkpoint)
 
 

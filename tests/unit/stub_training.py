@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Documents(Dataset):
         generator = torch.Generator().manual_seed(seed)
         lengths = torch.randint(3, 13, (count,), generator=generator).tolist()
         self.tokens = [torch.randint(0, VOCABULARY, (length,), generator=generator) for length in lengths]
+        self.shards = SimpleNamespace(fingerprint=f"stub of {seed}")
         self.num_loss_tokens = [len(range(0, length - 1, 2)) for length in lengths]
 
     def __getitem__(self, plan: Plan) -> list[dict[str, Any]]:

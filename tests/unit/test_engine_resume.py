@@ -214,7 +214,7 @@ def test_another_setting_that_matters_is_said_aloud_and_free_ones_are_not(tmp_pa
 def test_data_files_that_changed_under_the_same_settings_are_noticed(tmp_path):
     make_runner(tmp_path).train()
     runner = make_runner(tmp_path / "other", checkpoint=checkpoint_path(tmp_path, 3))
-    runner._train_dataloader.dataset.document_ids = lambda plan: ["elsewhere.jsonl:1"]
+    runner._train_dataloader.dataset.shards.fingerprint = "other content"
     with pytest.raises(UserError, match="would now read other documents"):
         runner.train()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mmengine.hooks import Hook
 
-from tuner.dataset.chat_template import CHAT_TEMPLATES, ChatTemplate, Segment, render
+from tuner.dataset.chat_template import ChatTemplate, Segment, find_template, render
 from tuner.dataset.tokenize import Encoder
 from tuner.engine.randomness import random_state_kept
 from tuner.engine.strategy import StepResult
@@ -40,7 +40,7 @@ class SampleChatHook(Hook):
             return
         if runner.record.chat_template is None:
             raise UserError("sample_prompts need a chat_template; this config has none. Set sample_interval=0.")
-        template = CHAT_TEMPLATES[runner.record.chat_template]
+        template = find_template(runner.record.chat_template)
         tokenizer = runner.record.tokenizer
         encoder = Encoder.from_tokenizer(tokenizer, template)
         rendered = [prompt_segments(prompt, template) for prompt in self.prompts]

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 # settings that decide which tokens are in which step: a resumed run with others would be a third run, neither of two
 DATA_SETTINGS = (
-    "data_path", "data_format", "chat_template", "max_length", "too_long", "on_bad_row", "pack",
+    "data_format", "chat_template", "max_length", "too_long", "on_bad_row", "pack",
     "num_accumulation_steps", "seed",
 )  # fmt: skip
-# settings that change nothing which is computed
+# settings that change nothing which is computed; of the data it is the content that counts, not the path
 FREE_SETTINGS = (
+    "data_path",
     "log_interval", "save_interval", "keep_checkpoints", "sample_interval", "sample_prompts", "cache_dir",
 )  # fmt: skip
 
@@ -31,7 +32,7 @@ def save_snapshot(runner: "Runner") -> Path:
         state = {
             "strategy": strategy.save_checkpoint(draft),
             "num_loss_tokens": loop.num_loss_tokens,
-            "next_documents": next_documents(runner),
+            "next_data": next_data(runner),
             "settings": runner.record.settings,
             "versions": versions(),
         }
@@ -57,7 +58,7 @@ def load_snapshot(runner: "Runner", checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} is {runner.strategy.step} steps old, but this config has only {runner.train_loop.num_steps}."
         )
-    compare_data(state["next_documents"], runner, checkpoint)
+    compare_data(state["next_data"], runner, checkpoint)
     restore_random_state(json.loads((checkpoint / "rng.json").read_text(encoding="utf-8")))
 
 
@@ -76,26 +77,22 @@ def compare_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint:
             print(f"warning: resumed with a changed setting, this is no longer the same run: {text}", flush=True)
 
 
-def compare_data(saved: list[Any], runner: "Runner", checkpoint: Path) -> None:
-    """The step after the checkpoint must consist of the documents it would have had then."""
-    if runner.strategy.step < runner.train_loop.num_steps and saved and next_documents(runner) != saved:
+def compare_data(saved: dict[str, Any], runner: "Runner", checkpoint: Path) -> None:
+    """The step after the checkpoint must consist of the documents it would have had then, wherever their files lie."""
+    if saved and next_data(runner) not in ({}, saved):
         raise UserError(
             f"{checkpoint} cannot be continued: step {runner.strategy.step} would now read other documents than when "
             "it was saved. Restore the data files, or start a new run in another --work-dir."
         )
 
 
-def next_documents(runner: "Runner") -> list[Any]:
-    """Ids of the documents of the step that comes next; empty after the last one."""
+def next_data(runner: "Runner") -> dict[str, Any]:
+    """What the step that comes next reads: the shards by their content, and document numbers; empty at the end."""
     loader = runner.train_loop.dataloader
     if runner.strategy.step >= runner.train_loop.num_steps:
-        return []
-    return jsonable(loader.dataset.document_ids(loader.sampler.plan(runner.strategy.step)))
-
-
-def jsonable(value: Any) -> Any:
-    """A value as JSON gives it back, so that it compares equal with a saved one."""
-    return json.loads(json.dumps(value, ensure_ascii=False))
+        return {}
+    packs = loader.sampler.plan(runner.strategy.step).packs
+    return {"shards": loader.dataset.shards.fingerprint, "packs": [list(documents) for documents in packs]}
 
 
 def write_hf(directory: Path, llm: Any, record: "RunRecord") -> None:
