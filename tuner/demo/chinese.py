@@ -268,7 +268,8 @@ CHINESE = Wording(
     afternoon="下午{h}点",
     calculator=CALCULATOR,
     calculator_answers=(
-        "{expression} = {result}", "答案是{result}。", "等于{result}。", "一共是{result}。", "结果是{result}。",
+        "{expression} = {result}", "答案是{expression} = {result}。", "等于{result}。", "一共是{result}。",
+        "结果：{expression} = {result}",
         "{result}，因为{expression} = {result}。",
     ),
     weather=WEATHER,
@@ -300,6 +301,7 @@ CHINESE = Wording(
         "interpreter": ("我运行一段代码。", "我写个程序。", "交给Python。"),
     },
     talk=TALK,
+    echo=("跟我说：{phrase}", "重复一遍：{phrase}", "照抄：{phrase}", "原样写出：{phrase}", "复述：{phrase}"),
     greetings=GREETINGS,
     systems=("你是一个乐于助人的助手。", "请简短回答。", "你是InternLM2，一个友好的助手。", "需要时使用工具。"),
     openers=("", "", "", "喂，", "你好，", "请问，", "问一下，", "还有，"),

@@ -19,6 +19,7 @@ WEIGHTS = {
     "list_events": 3,
     "interpreter": 5,
     "talk": 2,
+    "echo": 3,
     "greeting": 1,
 }
 HELDOUT_SHARE = 10  # one combination of arguments in so many is held out
@@ -45,7 +46,7 @@ def draw_exchanges(wording: Wording, rng: random.Random, split: Split) -> list[E
     kinds = [kind for kind in WEIGHTS if split == "train" or kind != "greeting"]
     drawn: list[Exchange] = []
     added: tuple[dict[str, str], ...] = ()
-    for _ in range(rng.choices((1, 2, 3), weights=(3, 4, 3))[0]):
+    for _ in range(rng.choices((1, 2, 3), weights=(5, 4, 1))[0]):
         kind = rng.choices(kinds, weights=[WEIGHTS[kind] for kind in kinds])[0]
         exchange = draw_exchange(kind, wording, rng, split)
         if kind == "list_events" and added:

@@ -275,8 +275,8 @@ ENGLISH = Wording(
     afternoon="{h} pm",
     calculator=CALCULATOR,
     calculator_answers=(
-        "{expression} = {result}", "The answer is {result}.", "That makes {result}.", "It comes to {result}.",
-        "The result is {result}.", "{result}, since {expression} = {result}.",
+        "{expression} = {result}", "The answer is {expression} = {result}.", "That makes {result}.",
+        "It comes to {result}.", "The result: {expression} = {result}", "{result}, since {expression} = {result}.",
     ),
     weather=WEATHER,
     weather_answers=(
@@ -307,6 +307,10 @@ ENGLISH = Wording(
         "interpreter": ("I will run some code.", "Let me write a program.", "Python can do this."),
     },
     talk=TALK,
+    echo=(
+        "Repeat after me: {phrase}", "Say this again: {phrase}", "Copy this: {phrase}", "Write exactly: {phrase}",
+        "Just echo it: {phrase}",
+    ),
     greetings=GREETINGS,
     systems=(
         "You are a helpful assistant.", "You answer briefly.", "You are InternLM2, a friendly assistant.",

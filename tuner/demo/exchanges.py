@@ -23,12 +23,29 @@ class Exchange:
     code: str = ""
 
 
-def _thought(tool: str, wording: Wording, rng: random.Random) -> str:
-    return rng.choice(wording.thoughts[tool]) if rng.random() < 0.4 else ""
+class Phrasing:
+    """How one exchange is worded: the request by chance, the replies so that they follow from the request.
+
+    A reply drawn by chance would be noise to a model: no request tells it which one comes.
+    """
+
+    def __init__(self, lines: Lines, rng: random.Random) -> None:
+        self.number = rng.randrange(len(lines))
+        self.lines = lines
+
+    def request(self, **slots: object) -> str:
+        return _sentence(self.lines[self.number], **slots)
+
+    def reply(self, lines: Lines, **slots: object) -> str:
+        return _sentence(lines[self.number % len(lines)], **slots)
+
+    def thought(self, lines: Lines) -> str:
+        """What is said before the call; mostly nothing."""
+        return "" if self.number % 3 else lines[self.number // 3 % len(lines)]
 
 
-def _say(lines: Lines, rng: random.Random, **slots: object) -> str:
-    text = rng.choice(lines).format(**slots)
+def _sentence(form: str, **slots: object) -> str:
+    text = form.format(**slots)
     return text[0].upper() + text[1:]
 
 
@@ -53,13 +70,14 @@ def calculator(wording: Wording, rng: random.Random) -> Exchange:
     operands = _operands(form, rng)
     expression = form.format(**operands)
     result = world.calculate(expression)
+    phrasing = Phrasing(wording.calculator[form], rng)
     return Exchange(
         tool="calculator",
         arguments={"expression": expression},
-        request=_say(wording.calculator[form], rng, **operands),
+        request=phrasing.request(**operands),
         result=result,
-        answer=_say(wording.calculator_answers, rng, expression=expression, result=result),
-        thought=_thought("calculator", wording, rng),
+        answer=phrasing.reply(wording.calculator_answers, expression=expression, result=result),
+        thought=phrasing.thought(wording.thoughts["calculator"]),
     )
 
 
@@ -69,13 +87,14 @@ def get_weather(wording: Wording, rng: random.Random) -> Exchange:
     condition, low, high = world.weather(city, day, len(wording.conditions))
     found = {"condition": wording.conditions[condition], "low": low, "high": high}
     slots = {"city": wording.cities[city], "day": wording.day_phrases[day]}
+    phrasing = Phrasing(wording.weather, rng)
     return Exchange(
         tool="get_weather",
         arguments={"city": wording.cities[city], "day": wording.days[day]},
-        request=_say(wording.weather, rng, **slots),
+        request=phrasing.request(**slots),
         result=json.dumps(found, ensure_ascii=False),
-        answer=_say(wording.weather_answers, rng, **slots, **found),
-        thought=_thought("get_weather", wording, rng),
+        answer=phrasing.reply(wording.weather_answers, **slots, **found),
+        thought=phrasing.thought(wording.thoughts["get_weather"]),
     )
 
 
@@ -99,13 +118,16 @@ def add_event(wording: Wording, rng: random.Random) -> Exchange:
     title = rng.choice(wording.titles)
     spoken_date = _spoken_date(day, wording, rng.choice(wording.date_forms))
     weekday = wording.weekdays[world.weekday(day)]
+    phrasing = Phrasing(wording.add_event, rng)
     return Exchange(
         tool="add_event",
         arguments={"title": title, "date": day, "time": time},
-        request=_say(wording.add_event, rng, title=title, date=spoken_date, time=spoken_time),
+        request=phrasing.request(title=title, date=spoken_date, time=spoken_time),
         result=json.dumps({"added": title, "weekday": weekday}, ensure_ascii=False),
-        answer=_say(wording.add_event_answers, rng, title=title, weekday=weekday, date=spoken_date, clock=spoken_time),
-        thought=_thought("add_event", wording, rng),
+        answer=phrasing.reply(
+            wording.add_event_answers, title=title, weekday=weekday, date=spoken_date, clock=spoken_time
+        ),
+        thought=phrasing.thought(wording.thoughts["add_event"]),
     )
 
 
@@ -117,14 +139,15 @@ def list_events(wording: Wording, rng: random.Random, added: tuple[dict[str, str
     events.sort()
     date = _spoken_date(day, wording, rng.choice(wording.date_forms))
     named = wording.event_join.join(wording.event_form.format(clock=clock, title=title) for clock, title in events)
+    phrasing = Phrasing(wording.list_events, rng)
     lines = wording.list_events_answers if events else wording.no_events_answers
     return Exchange(
         tool="list_events",
         arguments={"date": day},
-        request=_say(wording.list_events, rng, date=date),
+        request=phrasing.request(date=date),
         result=json.dumps([{"time": clock, "title": title} for clock, title in events], ensure_ascii=False),
-        answer=_say(lines, rng, date=date, events=named),
-        thought=_thought("list_events", wording, rng),
+        answer=phrasing.reply(lines, date=date, events=named),
+        thought=phrasing.thought(wording.thoughts["list_events"]),
     )
 
 
@@ -141,13 +164,14 @@ def interpreter(wording: Wording, rng: random.Random) -> Exchange:
     }
     code = world.PROGRAMS[program].format(**slots)
     result = world.run_python(code)
+    phrasing = Phrasing(wording.interpreter[program], rng)
     return Exchange(
         tool="interpreter",
         arguments={"code": code},
-        request=_say(wording.interpreter[program], rng, **slots),
+        request=phrasing.request(**slots),
         result=result,
-        answer=_say(wording.interpreter_answers[program], rng, **slots, result=result),
-        thought=_thought("interpreter", wording, rng),
+        answer=phrasing.reply(wording.interpreter_answers[program], **slots, result=result),
+        thought=phrasing.thought(wording.thoughts["interpreter"]),
         code=code,
     )
 
@@ -165,6 +189,18 @@ def talk(wording: Wording, rng: random.Random) -> Exchange:
     return Exchange(tool="", arguments={"request": request}, request=request, result="", answer=reply.format(**slots))
 
 
+def echo(wording: Wording, rng: random.Random) -> Exchange:
+    """Say it again: names and figures of this world, in an order that nobody can guess."""
+    date = world.random_date(rng).isoformat()
+    figures = str(rng.randint(10, 99999))
+    things = (rng.choice(wording.titles), rng.choice(wording.cities), rng.choice(wording.days), rng.choice(world.WORDS))
+    said = [date, figures, *things]
+    rng.shuffle(said)
+    phrase = ", ".join(said[: rng.randint(3, 6)])
+    request = Phrasing(wording.echo, rng).request(phrase=phrase)
+    return Exchange(tool="", arguments={"phrase": phrase}, request=request, result="", answer=phrase)
+
+
 def greeting(wording: Wording, rng: random.Random) -> Exchange:
     """A fixed request and its reply."""
     request, reply = rng.choice(wording.greetings)
@@ -178,5 +214,6 @@ KINDS: dict[str, Callable[[Wording, random.Random], Exchange]] = {
     "list_events": list_events,
     "interpreter": interpreter,
     "talk": talk,
+    "echo": echo,
     "greeting": greeting,
 }

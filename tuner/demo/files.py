@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -109,16 +110,24 @@ def _write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def _tokenizer_lines(train: list[dict[str, Any]], text: list[dict[str, str]]) -> Iterator[str]:
-    """What the tokenizer learns from: turns and calls as a template writes them, schemas, paragraphs."""
+    """What the tokenizer learns from: schemas, turns and calls as a template writes them, paragraphs.
+
+    The names of the world stand in lines of their own. A city in a question and the same city in a call then
+    come out as the same pieces, whatever stands beside it, so that calling a tool is copying.
+    """
+    names = sorted(_names(), key=len, reverse=True)
+    between_names = re.compile("(" + "|".join(map(re.escape, names)) + ")")
     for row in train:
         functions = [tool["function"] for tool in row.get("tools", ()) if "function" in tool]
         yield json.dumps(functions, ensure_ascii=False)
         for message in row["messages"]:
             role = "environment name=" if message["role"] == "tool" else message["role"]
-            yield f"{role}\n{message['content']}"
-            yield from (_call_text(call) for call in message.get("tool_calls", ()))
+            yield role
+            yield from between_names.split(message["content"])
+            for call in message.get("tool_calls", ()):
+                yield from between_names.split(_call_text(call))
     for row in text:
-        yield from row["text"].split("\n")
+        yield from between_names.split(row["text"])
 
 
 def _call_text(call: dict[str, Any]) -> str:
@@ -127,3 +136,13 @@ def _call_text(call: dict[str, Any]) -> str:
     function = call["function"]
     named = {"name": function["name"], "parameters": json.loads(function["arguments"])}
     return json.dumps(named, ensure_ascii=False)
+
+
+def _names() -> set[str]:
+    from tuner.demo.dialogues import LANGUAGES
+    from tuner.demo.world import WORDS
+
+    names = set(WORDS)
+    for wording in LANGUAGES:
+        names.update(wording.cities, wording.days, wording.titles, wording.names, wording.foods, wording.hobbies)
+    return names

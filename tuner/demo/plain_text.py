@@ -24,7 +24,7 @@ def _told(exchange: Exchange) -> str:
 def paragraph(rng: random.Random) -> dict[str, str]:
     """{"text": ...}: three to six true statements in one language."""
     wording = rng.choice(LANGUAGES)
-    kinds = [kind for kind in exchanges.KINDS if kind != "greeting"]
+    kinds = [kind for kind in exchanges.KINDS if kind not in ("greeting", "echo")]
     pieces = []
     for _ in range(rng.randint(3, 6)):
         told = _told(draw_exchange(rng.choice(kinds), wording, rng, "train"))

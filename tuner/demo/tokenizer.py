@@ -44,6 +44,7 @@ def train_model(lines: Iterable[str]) -> bytes:
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         split_digits=True,
+        split_by_unicode_script=False,  # so that `"name":` may be one piece
         num_threads=1,
         minloglevel=2,
     )

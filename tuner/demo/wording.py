@@ -40,6 +40,7 @@ class Wording:
     interpreter_answers: Topics
     thoughts: Topics  # tool -> what is said before the call
     talk: tuple[tuple[str, str], ...]  # request and reply, with slots
+    echo: Lines  # requests to say something again; slot: phrase
     greetings: tuple[tuple[str, str], ...]  # request and reply, fixed
     systems: Lines
     openers: Lines
