@@ -31,7 +31,7 @@ ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"typ
 
 @cache
 def bytelevel(template: str, *, tags: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 700 entries with the marks of a template; its post-processor adds a first token, as Llama's."""
+    """A byte-level BPE of 700 entries with a template's marks; its post-processor adds a first token, as Llama's."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=template == "llama3"))
     tokenizer.normalizer = normalizers.NFC() if template == "qwen2.5" else None
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -42,7 +42,7 @@ def bytelevel(template: str, *, tags: bool = True) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([*made_text(1, 2000), "user\nassistant\nsystem\n<tool_call>\n" * 50], trainer)
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS[template]])
-    if template == "qwen2.5" and tags:
+    if template in ("qwen2.5", "chatml") and tags:
         tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TOOL_TAGS])
     begin = BEGIN.get(template, MARKS[template][0])
     post = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))])
@@ -58,7 +58,7 @@ def made_words() -> list[str]:
 
 
 def made_row(rng: random.Random, *, tools: bool, interpreter: bool = False, words: list[str] | None = None) -> dict:
-    """A row of the openai format: one to four rounds, some with calls (parallel ones too), their results and answers."""
+    """A row of the openai format: one to four rounds, with calls (parallel ones too), results and answers."""
     words = words or rng.sample(made_words(), 40)
     declared: list[dict[str, Any]] = [{"type": "function", "function": WEATHER}, ADD] if tools else []
     declared += [{"type": "code_interpreter"}] if interpreter else []
@@ -68,7 +68,7 @@ def made_row(rng: random.Random, *, tools: bool, interpreter: bool = False, word
     for _ in range(rng.randint(1, 4)):
         messages.append({"role": "user", "content": rng.choice(words)})
         while declared and rng.random() < 0.5:
-            messages += made_calls(rng, words, interpreter=interpreter)
+            messages += made_calls(rng, words, code_share=(0.5 if tools else 1.0) if interpreter else 0.0)
         messages.append({"role": "assistant", "content": rng.choice(words)})
         if rng.random() < 0.2:
             messages[-1]["loss"] = False
@@ -77,12 +77,12 @@ def made_row(rng: random.Random, *, tools: bool, interpreter: bool = False, word
     return {"messages": messages, **({"tools": declared} if declared else {})}
 
 
-def made_calls(rng: random.Random, words: list[str], *, interpreter: bool) -> list[dict[str, Any]]:
+def made_calls(rng: random.Random, words: list[str], *, code_share: float) -> list[dict[str, Any]]:
     """An assistant turn of one to three calls and their results, in order or, with ids, in any order."""
     ids = rng.random() < 0.5
     calls: list[dict[str, Any]] = []
     for place in range(rng.randint(1, 3)):
-        if interpreter and rng.random() < 0.5:
+        if rng.random() < code_share:
             call: dict[str, Any] = {"type": "code_interpreter", "code_interpreter": {"input": f"print({place})\nx = 1"}}
         else:
             arguments = {"city": rng.choice(words), "days": place}

@@ -183,7 +183,8 @@ def test_qwen_keeps_parallel_calls_and_their_results_together():
     assert system.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist")
     assert f"<tools>\n{declared}\n</tools>\n\nFor each function call, return a json object" in system
     assert rest == (
-        '<|im_start|>assistant\n[Wait.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
+        "<|im_start|>assistant\n[Wait.\n"
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>]\n'
         "<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n[hello<|im_end|>]\n"
@@ -212,7 +213,7 @@ def test_a_name_is_plain_text_and_only_a_system_turn_bears_a_special_one():
 
 
 def test_a_name_that_has_no_place_is_refused():
-    with pytest.raises(RowError, match="'qwen2.5' has no place for a speaker's name, got a user named 'Ann'"):
+    with pytest.raises(RowError, match=r"'qwen2\.5' has no place for a speaker's name, got a user named 'Ann'"):
         written(QWEN, {**USER, "name": "Ann"}, SAID)
 
 
@@ -222,7 +223,7 @@ def test_half_a_surrogate_pair_is_refused():
 
 
 def test_an_unknown_template_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match="'internlm3'.*Nearest: 'internlm2'"):
+    with pytest.raises(UserError, match=r"'internlm3'.*Nearest: 'internlm2'"):
         find_template("internlm3")
 
 
@@ -241,7 +242,7 @@ def test_trained_is_what_the_model_says_and_the_mark_that_ends_it(name: str):
         extra = sum(max(0, n - 1) for n in num_calls) if name == "internlm2" else 0
         assert len(trained) == len(turns) + extra
         said = [m["content"] for m in turns if "tool_calls" not in m]
-        assert [words for words in trained if words in said] == [words for words in said]
+        assert [words for words in trained if words in said] == said
         calls = sum(words.count('{"name": "get_weather"') + words.count("```python") for words in trained)
         assert calls == sum(num_calls)
 

@@ -46,6 +46,7 @@ def plain_tokenizer(source: Mapping[str, Any]) -> dict[str, Any]:
     marks = {token["content"] for token in source["added_tokens"] if not _is_vocabulary(token)}
     lost = marks - {model["unk_token"]}  # that one stays for what the vocabulary cannot write; no merge leads to it
     vocab = {piece: index for piece, index in model["vocab"].items() if piece not in lost}
+    vocab |= {token["content"]: token["id"] for token in kept}  # otherwise they would be numbered anew
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     merges = [pair for pair in merges if pair[0] + pair[1] not in marks and marks.isdisjoint(pair)]
     bare = {"post_processor": None, "truncation": None, "padding": None, "added_tokens": kept}
