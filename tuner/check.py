@@ -3,14 +3,15 @@
 import inspect
 import json
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tuner.configs.nearest import nearest
-from tuner.configs.options import arguments
+from tuner.configs.nearest import did_you_mean, nearest
+from tuner.configs.options import NAMED, parameters
 from tuner.dataset.build import build_shards
 from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
@@ -25,7 +26,10 @@ from tuner.model.directory import check_model_directory, check_weights, looks_lo
 from tuner.model.tokenizer import build_tokenizer
 
 logger = logging.getLogger("tuner")
-NEEDED = ("train_dataloader", "model", "optim_wrapper", "param_scheduler", "strategy", "train_cfg")
+NEEDED = (
+    *("seed", "tokenizer", "train_dataloader", "model", "optim_wrapper"),
+    *("param_scheduler", "strategy", "train_cfg", "custom_hooks"),
+)
 
 
 class Rule(NamedTuple):
@@ -44,8 +48,8 @@ class Node(NamedTuple):
 
 
 def is_number(value: object) -> bool:
-    """An int or a float that is not NaN; True and False are no numbers here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    """An int or a float; True and False are no numbers here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def number(low: float, high: float = float("inf"), *, words: str, include_low: bool = True) -> Rule:
@@ -79,7 +83,6 @@ RULES: dict[str, Rule] = {
     "warmup_ratio": SHARE,
     "weight_decay": NOT_NEGATIVE,
     "max_grad_norm": POSITIVE,
-    "max_norm": POSITIVE,
     "betas": Rule(is_betas, "two numbers from 0 to below 1"),
     "max_length": count(2),
     "num_epochs": count(1),
@@ -102,6 +105,7 @@ CHOICES: dict[str, Collection[str]] = {
     "data_format": FORMATS,
     "chat_template": CHAT_TEMPLATES,
 }
+OTHER_NAMES = {"max_norm": "max_grad_norm"}  # of a setting, where it arrives in the assembly
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -110,7 +114,7 @@ def check(config: Mapping[str, Any]) -> None:
     Looks at values, data files and model directories, and imports the types; opens no weights and builds nothing.
     """
     problems: list[str] = []
-    parts = {name: config[name] for name in config}
+    parts = dict(readable(config, problems))
     nodes = list(find_nodes(parts, "", problems))
     problems += missing_parts(parts)
     for node in nodes:
@@ -137,7 +141,7 @@ def listed(problems: list[str]) -> str:
 def find_nodes(value: Any, path: str, problems: list[str]) -> Iterator[Node]:
     """Every dict of the assembly below `value`; a type that cannot be imported is noted and passed over."""
     if isinstance(value, Mapping):
-        entries = dict(readable(value, path, problems))
+        entries = dict(readable(value, problems))
         if path:
             yield Node(path, entries.pop("type", None), entries)
     elif isinstance(value, (list, tuple)):
@@ -148,13 +152,13 @@ def find_nodes(value: Any, path: str, problems: list[str]) -> Iterator[Node]:
         yield from find_nodes(part, f"{path}.{key}".lstrip("."), problems)
 
 
-def readable(node: Mapping[str, Any], path: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """The entries of a dict; looking at one may import a type."""
+def readable(node: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """The entries of a dict; looking at one may import a type, and what goes wrong then names file and line."""
     for key in node:
         try:
             yield key, node[key]
         except ImportError as error:
-            problems.append(f"{path}.{key}: {error}".lstrip("."))
+            problems.append(str(error))
 
 
 def is_known(node: Node) -> bool:
@@ -174,10 +178,10 @@ def unknown_arguments(node: Node) -> list[str]:
         return []
     if not callable(node.type):
         return [f"{node.path}.type is {node.type!r}; import a class or function in the config and name it there."]
-    parameters = inspect.signature(node.type).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+    taken = parameters(node.type)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken):
         return []
-    allowed = arguments({"type": node.type})
+    allowed = [parameter.name for parameter in taken if parameter.kind in NAMED]
     unknown = [name for name in node.values if name not in allowed]
     return [f"{node.path}: {node.type.__name__} has no argument {name}. {nearest(name, allowed)}" for name in unknown]
 
@@ -187,12 +191,13 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
     problems: dict[tuple[str, str], str] = {}
     for path, value in values:
         name = path.rpartition(".")[2]
+        name = OTHER_NAMES.get(name, name)
         if name in RULES and not RULES[name].holds(value):
             problems.setdefault((name, repr(value)), f"{path} = {value!r}: allowed is {RULES[name].words}.")
-        if name in CHOICES and (not isinstance(value, str) or value not in CHOICES[name]):
-            hint = nearest(str(value), CHOICES[name])
-            allowed = ", ".join(CHOICES[name])
-            text = f"{path} = {value!r}: {hint}" + ("" if allowed in hint else f" Allowed: {allowed}.")
+        is_own = name == "data_format" and callable(value)  # a function row -> sample in the format's place
+        if name in CHOICES and not is_own and (not isinstance(value, str) or value not in CHOICES[name]):
+            allowed = f"allowed is one of {', '.join(CHOICES[name])}."
+            text = f"{path} = {value!r}: {allowed} {did_you_mean(str(value), CHOICES[name])}".rstrip()
             problems.setdefault((name, repr(value)), text)
     return list(problems.values())
 
@@ -214,7 +219,7 @@ def wrong_models(nodes: list[Node]) -> list[str]:
         path = node.values.get("path")
         if node.type not in (build_llm, build_tokenizer) or not isinstance(path, str) or path.startswith(PREFIX):
             continue
-        path = str(Path(path).expanduser())
+        path = os.path.expanduser(path)
         if not Path(path).exists() and not looks_local(path):
             continue
         found = complaints(check_model_directory, [path])

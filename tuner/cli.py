@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -12,7 +12,12 @@ from click.shell_completion import CompletionItem, get_completion_class
 from tuner import __version__
 from tuner.errors import UserError
 
-DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES: dict[str, Literal["auto", "float32", "bfloat16", "float16"]] = {
+    "auto": "auto",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 LIST_FOOTER = """
 CONTEXT is the tokens of a pack. STATE is the memory of weights, gradients and Adam; activations come on top.
 Training runs on one process today: the presets meant for several devices wait for ZeRO-3."""
@@ -107,7 +112,10 @@ class TrainCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Rewrite both to forms that click knows."""
-        return super().parse_args(ctx, bind_resume(repeat_cfg_options(args)))
+        try:
+            return super().parse_args(ctx, bind_resume(repeat_cfg_options(args)))
+        except click.NoSuchOption as error:
+            raise click.UsageError(f"{error.format_message()} Settings have no dashes: lr=1e-5.", ctx) from error
 
 
 def repeat_cfg_options(arguments: Sequence[str]) -> list[str]:

@@ -132,9 +132,22 @@ def loads(source: str, filename: str = "config.py") -> Any:
         path = Path(folder) / "config.py"
         path.write_text(source, encoding="utf-8")
         try:
-            return load(path)
+            config = load(path)
         except UserError as error:
             raise UserError(str(error).replace(str(path), filename)) from error
+    rename(config._cfg_dict, str(path), filename)
+    return config
+
+
+def rename(node: Any, old: str, new: str) -> None:
+    """Say `new` for the file `old` where a type that is not imported yet notes where it was named."""
+    from mmengine.config.lazy import LazyAttr, LazyObject
+
+    for part in dict.values(node) if isinstance(node, dict) else node:  # ConfigDict's own values() would import
+        if isinstance(part, (dict, list, tuple)):
+            rename(part, old, new)
+        elif isinstance(part, (LazyObject, LazyAttr)) and part.location is not None:
+            part.location = part.location.replace(old, new)
 
 
 def refuse_inheritance(source: str, filename: str) -> None:

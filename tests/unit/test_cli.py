@@ -170,6 +170,7 @@ def test_words_after_the_flags_are_bound_as_written():
     [
         ([PRESET, "lrr=1"], "Did you mean lr?"),
         ([PRESET, "lr=fast"], "allowed is a number"),
+        ([PRESET, "--lr=1e-5"], "Settings have no dashes"),
         ([PRESET, "lr"], "not of the form name=value"),
         ([PRESET, "lr=1", "lr=2"], "lr is given twice"),
         ([PRESET, "seed=1", "--seed", "2"], "seed is given twice"),

@@ -119,7 +119,7 @@ def test_a_value_of_another_type_is_refused(name: str, text: str):
 
 
 def test_text_with_quotes_backslashes_and_newlines_comes_back_the_same():
-    for text in ['say "hi"', "it's", "C:\\new", "two\nlines", "tab\t", "雪\u200b", "\\"]:
+    for text in ['say "hi"', "it's", "C:\\new", "two\nlines", "tab\t", "雪\u200b", "\\", "\udcff.jsonl", "😀"]:
         assert executed(literals.replace(SOURCE, {"问候": repr(text)}))["问候"] == text
 
 

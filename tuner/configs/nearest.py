@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A sentence for the end of an error message: the names like `name`, or all of them where none is like it."""
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """A question with the names most like `name`; empty where none is like it."""
     import difflib
 
+    close = difflib.get_close_matches(name, sorted(set(allowed)), n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(close)}?" if close else ""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A sentence for the end of an error message: the names like `name`, or all of them where none is like it."""
     names = sorted(set(allowed))
-    if not names:
-        return "Nothing is allowed here."
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
-    return f"Allowed: {', '.join(names)}."
+    return did_you_mean(name, names) or f"Allowed: {', '.join(names) or 'nothing'}."

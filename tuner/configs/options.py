@@ -1,12 +1,14 @@
 """Find the place that a dotted path such as `model.llm.attention` names in a loaded config."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tuner.configs.literals import Setting, fit, write
 from tuner.configs.nearest import nearest
 from tuner.errors import UserError
+
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class Target(NamedTuple):
@@ -61,12 +63,18 @@ def descend(target: Target, name: str) -> Target:
 
 
 def arguments(node: Mapping[str, Any]) -> set[str]:
-    """Names that the `type` of an assembly node accepts; nothing is known of a plain dict."""
+    """Names that the `type` of an assembly node declares; nothing is known of a plain dict."""
     if "type" not in node:
         return set()
     try:
-        parameters = inspect.signature(node["type"]).parameters.values()
+        return {parameter.name for parameter in parameters(node["type"]) if parameter.kind in NAMED}
     except ImportError as error:
         raise UserError(str(error)) from error
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {parameter.name for parameter in parameters if parameter.kind in kinds}
+
+
+def parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
+    """What a type takes; of a builtin that does not say so, anything."""
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except ValueError:
+        return [inspect.Parameter("anything", inspect.Parameter.VAR_KEYWORD)]
