@@ -52,8 +52,9 @@ def pack(lengths: IntArray, max_length: int, seed: Sequence[int]) -> Packs:
 
     Best-fit decreasing: the longest document left goes to the fullest pack that has room. Which lengths meet in a pack
     follows from the lengths alone, so the number of packs does not depend on the seed; the seed (any integers, such as
-    (seed, epoch)) says which of the documents of a length goes where, and the order of the packs. The same on every
-    platform and with every version of numpy: random numbers are splitmix64 of the seed and the document's number.
+    (seed, epoch)) says which of the documents of a length goes where, and the order of the packs; documents of lengths
+    that no other has keep their company. The same on every platform and with every version of numpy: random numbers
+    are splitmix64 of the seed and the document's number.
     Raises UserError if a document is longer than `max_length`.
     """
     if not len(lengths):

@@ -1,5 +1,6 @@
 """Tokenised documents on disk: memory-mapped, compact, written once and only seen when whole."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ class ShardWriter:
         self._dtype: type[np.unsignedinteger[Any]] = np.uint16
         self._bits = np.empty(0, np.bool_)  # the last tokens' marks, fewer than a byte of them
         self._num_documents = self._num_tokens = 0
+        self._hashes = {name: hashlib.sha256() for name in ("ids", "trained", "lengths")}
         for name in ("tokens.bin", "trained.bin", *PER_DOCUMENT):
             self._files[name] = open(directory / name, "wb")  # noqa: SIM115 (closed in `close` and `abandon`)
 
@@ -44,6 +46,8 @@ class ShardWriter:
         if len(block.ids) and self._dtype is np.uint16 and block.ids.max() >= UINT16_LIMIT:
             self._widen()
         self._write("tokens.bin", block.ids.astype(self._dtype))
+        for name, values in (("ids", block.ids), ("trained", block.trained), ("lengths", block.lengths)):
+            self._hashes[name].update(values.tobytes())
         bits = np.concatenate([self._bits, block.trained])
         whole = len(bits) // 8 * 8
         self._write("trained.bin", np.packbits(bits[:whole]))
@@ -65,6 +69,7 @@ class ShardWriter:
             "tokens_dtype": np.dtype(self._dtype).name,
             "num_documents": self._num_documents,
             "num_tokens": self._num_tokens,
+            "content": {name: running.hexdigest() for name, running in self._hashes.items()},
             "ledger": ledger.check().to_dict(),
             "ingredients": ingredients,
         }
@@ -119,6 +124,7 @@ class _Shard:
     def __init__(self, directory: Path) -> None:
         meta = json.loads((directory / "meta.json").read_bytes())
         self.ledger = Ledger.from_dict(meta["ledger"])
+        self.content = meta["content"]
         self.lengths, self.num_loss_tokens, self.lines = (
             _mapped(directory / name, dtype) for name, dtype in PER_DOCUMENT.items()
         )
@@ -165,8 +171,8 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """The same on every machine for the same documents in the same order."""
-        return "-".join(directory.name for directory in self.directories)
+        """sha256: the same wherever the same documents stand in the same order, however they came to be."""
+        return hashlib.sha256(json.dumps([shard.content for shard in self._shards]).encode()).hexdigest()
 
     def document(self, index: int) -> Document:
         """Document number `index`."""

@@ -1,0 +1,111 @@
+"""Packing: every document once, none cut, as full as best-fit gets, and a function of its arguments alone."""
+
+import time
+
+import numpy as np
+import pytest
+
+from tuner.dataset.packing import _mix, pack, pack_each, permutation, random_bits
+from tuner.errors import UserError
+
+
+def lognormal_lengths(number: int, max_length: int, seed: int = 0) -> np.ndarray:
+    return np.clip(np.random.default_rng(seed).lognormal(6, 1, number), 1, max_length).astype(np.int64)
+
+
+def best_fit_one_by_one(lengths: list[int], max_length: int) -> list[int]:
+    """Rooms left by best-fit decreasing as the textbook has it, one document after the other."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        room = min(fitting, default=max_length)
+        if fitting:
+            rooms.remove(room)
+        rooms.append(room - length)
+    return sorted(rooms)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_bulk_packing_fills_packs_exactly_as_one_by_one_best_fit(seed):
+    rng = np.random.default_rng(seed)
+    max_length = int(rng.integers(1, 60))
+    lengths = rng.integers(1, max_length + 1, rng.integers(1, 200))
+    rooms = max_length - pack(lengths, max_length, (seed,)).sizes(lengths)
+    assert sorted(rooms.tolist()) == best_fit_one_by_one(lengths.tolist(), max_length)
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [7], [7, 7, 7], [1] * 100, [4, 3, 4, 3, 7, 1], [3, 3, 3, 3, 3]], ids=str)
+def test_every_document_is_in_exactly_one_pack_and_no_pack_is_too_long(lengths):
+    lengths = np.array(lengths, np.int64)
+    packs = pack(lengths, 7, (1, 2))
+    assert sorted(packs.documents.tolist()) == list(range(len(lengths)))
+    assert (packs.sizes(lengths) <= 7).all()
+    assert sum(len(packs[p]) for p in range(len(packs))) == len(lengths)
+
+
+@pytest.mark.parametrize(("max_length", "least"), [(4096, 0.999), (32768, 0.999), (200_000, 0.998)])
+def test_packs_are_full_at_every_context_length(max_length, least):
+    lengths = np.random.default_rng(0).lognormal(7, 1.2, 60_000).clip(2, max_length).astype(np.int64)
+    assert pack(lengths, max_length, (0,)).sizes(lengths).mean() / max_length >= least
+
+
+def test_seeds_give_other_packs_of_the_same_sizes():
+    lengths = lognormal_lengths(30_000, 1024)
+    one, again, other = (pack(lengths, 1024, (0, epoch)) for epoch in (0, 0, 1))
+    assert np.array_equal(one.documents, again.documents)
+    assert np.array_equal(one.edges, again.edges)
+    assert not np.array_equal(one.documents, other.documents)
+    assert sorted(one.sizes(lengths)) == sorted(other.sizes(lengths))
+    groups = [{frozenset(packs[p].tolist()) for p in range(len(packs)) if len(packs[p]) > 3} for packs in (one, other)]
+    assert len(groups[0] & groups[1]) < 0.05 * len(groups[0]), "another epoch must mix other documents"
+
+
+def test_packs_of_like_lengths_are_spread_over_the_epoch():
+    lengths = np.array([10] * 400 + [5] * 800)
+    packs = pack(lengths, 10, (3,))
+    early = sum(lengths[packs[p][0]] == 10 for p in range(len(packs) // 2))
+    assert 160 < early < 240, "about half of the 400 packs that one document fills come in the first half"
+
+
+def test_the_random_order_is_the_same_on_every_machine_and_version():
+    assert random_bits(3, [0]).tolist() == [12035550249420947055, 12935080325729570654, 7141179953334974231]
+    assert permutation(10, [5, 2]).tolist() == [8, 3, 4, 2, 7, 6, 9, 1, 5, 0]
+    assert pack(np.array([3, 3, 2, 2, 1, 1, 6]), 6, (1, 0)).documents.tolist() == [3, 2, 4, 5, 1, 0, 6]
+
+
+def test_the_mixing_function_is_splitmix64():
+    """The first outputs of splitmix64 seeded with 1234567, as published with Vigna's reference implementation."""
+    gamma = 0x9E3779B97F4A7C15
+    states = np.array([(1234567 + step * gamma) % 2**64 for step in range(3)], np.uint64)
+    assert _mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_a_permutation_has_no_bias_of_place():
+    places = np.mean([permutation(20, [seed]) for seed in range(2000)], axis=0)
+    assert np.abs(places - 9.5).max() < 0.6
+
+
+def test_without_packing_each_document_is_a_pack_of_its_own():
+    packs = pack_each(50, (0, 1))
+    assert [len(packs[p]) for p in range(len(packs))] == [1] * 50
+    assert sorted(packs.documents.tolist()) == list(range(50))
+    assert packs.documents.tolist() != pack_each(50, (0, 2)).documents.tolist()
+
+
+def test_a_document_over_max_length_is_refused_with_both_numbers():
+    with pytest.raises(UserError, match=r"9 tokens.* 8"):
+        pack(np.array([9, 1]), 8, (0,))
+
+
+def test_a_million_lengths_take_less_than_two_seconds():
+    lengths = lognormal_lengths(1_000_000, 32768)
+    started = time.process_time()
+    pack(lengths, 32768, (0, 0))
+    assert time.process_time() - started < 2
+
+
+def test_the_work_does_not_explode_when_all_lengths_differ():
+    lengths = np.random.default_rng(0).permutation(50_000) + 1
+    started = time.process_time()
+    assert pack(lengths, 100_000, (0,)).sizes(lengths).mean() / 100_000 > 0.998
+    assert time.process_time() - started < 10
