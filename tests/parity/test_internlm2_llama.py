@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tuner.model.attention import attention_name
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
 from tuner.model.internlm2.weights import merge_wqkv, split_wqkv
@@ -174,11 +175,12 @@ def test_decoding_with_a_cache_equals_llama_at_every_step(variant: str, attentio
         assert distance(outputs[0].logits[:, -1], llm(ids).logits[:, -1]) < 2e-5
 
 
+@pytest.mark.parametrize("attention", ["sdpa", attention_name("sdpa")])
 @pytest.mark.parametrize("variant", ["gqa", "bias mha", "dynamic"])
 @torch.no_grad()
-def test_generate_equals_llama_with_left_padding(variant: str) -> None:
-    llm = our_model(**VARIANTS[variant])
-    twin = llama_twin(llm)
+def test_generate_equals_llama_with_left_padding(variant: str, attention: str) -> None:
+    llm = our_model(attention, **VARIANTS[variant])
+    twin = llama_twin(llm, attention="sdpa")
     padded = left_padded(SHORT)
     padded.pop("position_ids")
     settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tuner.errors import UserError
+from tuner.model.attention import attention_name
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
 from tuner.model.internlm2.rotary import InternLM2RotaryEmbedding
@@ -78,14 +79,14 @@ def test_document_edges_reach_every_layer_also_in_recomputation(
         assert kwargs["max_seqlen"] == 9
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", attention_name("sdpa")])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "linear", "dynamic"])
 def test_gradient_checkpointing_gives_bit_identical_gradients(attention: str, scaling: dict[str, Any] | None) -> None:
     plain = tiny(attention, rope_scaling=scaling, bias=True).train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.activation_checkpointing_enable()
-    ids = packed(24)["input_ids"]
-    losses = [llm(ids, labels=ids).loss for llm in (plain, checkpointed)]
+    batch = packed(24, 7)
+    losses = [llm(**batch, labels=batch["input_ids"]).loss for llm in (plain, checkpointed)]
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
@@ -94,7 +95,7 @@ def test_gradient_checkpointing_gives_bit_identical_gradients(attention: str, sc
         assert torch.equal(one.grad, other.grad), name
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", attention_name("sdpa")])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "linear", "dynamic"])
 def test_packed_documents_equal_separate_ones(attention: str, scaling: dict[str, Any] | None) -> None:
     """transformers' own attentions see the documents by their positions; dynamic scaling must go by document too."""

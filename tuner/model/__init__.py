@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tuner.model import attention
 from tuner.model.internlm2 import tokenization
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM, InternLM2Model
@@ -12,4 +13,5 @@ AutoConfig.register("internlm2", InternLM2Config, exist_ok=True)
 AutoModel.register(InternLM2Config, (InternLM2ForCausalLM, InternLM2Model, InternLM2ForRewardModel), exist_ok=True)
 AutoModelForCausalLM.register(InternLM2Config, InternLM2ForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(InternLM2Config, InternLM2ForRewardModel, exist_ok=True)
+attention.register()
 tokenization.register()

@@ -24,6 +24,7 @@ from transformers import (
 
 from tuner.demo.files import resolve
 from tuner.errors import UserError
+from tuner.model.attention import BACKENDS, attention_name, resolve_backend
 from tuner.model.directory import check_model_directory, check_weights, looks_local, nearest
 from tuner.model.internlm2.configuration import InternLM2Config
 
@@ -71,8 +72,6 @@ def _implementation(attention: str) -> str:
     """The name under which transformers knows the attention asked for."""
     if attention == "eager":
         return attention
-    from tuner.model.attention import BACKENDS, attention_name, resolve_backend
-
     if attention != "auto" and attention not in BACKENDS:
         raise UserError(f"attention={attention!r}: choose 'auto', 'eager', {', '.join(map(repr, BACKENDS))}.")
     return attention_name(resolve_backend(attention))

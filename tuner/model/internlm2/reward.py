@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -29,27 +28,14 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutputWithPast:
         """Scores `logits` (B, 1), or (documents, 1) of packed documents when `cu_seqlens` is among `kwargs`.
 
-        The arguments are those of `InternLM2Model.forward`. There is no loss here: what two scores should
-        be to each other is the training method's business.
+        All arguments are those of `InternLM2Model.forward`. There is no loss here: what two scores should be to each
+        other is the training method's business.
         """
-        trunk = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        trunk = self.model(input_ids, attention_mask=attention_mask, **kwargs)
         last = _last_attended(trunk.last_hidden_state, attention_mask, kwargs.get("cu_seqlens"))
         return SequenceClassifierOutputWithPast(
             logits=self.v_head(last),
