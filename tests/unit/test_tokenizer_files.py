@@ -209,7 +209,7 @@ def test_auto_tokenizer_takes_ours_and_never_runs_the_code_beside_it(tmp_path: P
     marker = tmp_path / "remote-code-ran"
     for name in ("tokenization_internlm2.py", "tokenization_internlm2_fast.py", "configuration_internlm2.py"):
         (poisoned / name).write_text(f"open({str(marker)!r}, 'w').close()\nraise SystemExit('remote code ran')\n")
-    write_directory(saved)
+    InternLM2Tokenizer.from_pretrained(write_directory(saved)).save_pretrained(saved)  # takes its auto_map away
     program = f"""
 import tuner.model
 from transformers import AutoTokenizer
@@ -217,7 +217,6 @@ for path in ({str(poisoned)!r}, {str(saved)!r}):
     for trust in ({{}}, {{"trust_remote_code": False}}, {{"trust_remote_code": True}}, {{"use_fast": False}}):
         tokenizer = AutoTokenizer.from_pretrained(path, **trust)
         print(type(tokenizer).__name__, tokenizer("<|im_start|>").input_ids, len(tokenizer))
-        AutoTokenizer.from_pretrained(path).save_pretrained({str(saved)!r})
 """
     environment = {"PATH": "/usr/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(

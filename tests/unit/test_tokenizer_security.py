@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 from small_tokenizer import SPECIALS, made_text, write_directory
 
-from tuner.model.internlm2.sentencepiece_model import parse
+from tuner.model.internlm2.fast_form import merges
+from tuner.model.internlm2.sentencepiece_model import Piece, parse
 from tuner.model.internlm2.tokenization import InternLM2Tokenizer
 
 HOSTILE = [*SPECIALS, "<unk>", "<s>", "</s>", "<0x41>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_9]"]
@@ -45,6 +46,14 @@ def test_no_merge_and_no_character_leads_to_a_special_id(document: dict[str, Any
     byte_pieces = {vocab[f"<0x{byte:02X}>"] for byte in range(256)}  # all 256: so the unknown token is never needed
     assert len(forbidden) == 3 + (147 if len(vocab) == 92544 else 10)
     assert (results | characters | byte_pieces).isdisjoint(forbidden)
+
+
+def test_a_named_control_or_spare_piece_is_neither_made_by_a_merge_nor_half_of_one():
+    texts = ["<", "s", ">", "s>", "<s>", "a", "b", "ab", "abs", "[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_0", "]"]
+    kinds = {"<s>": "control", "[UNUSED_TOKEN_0]": "user_defined"}
+    pieces = [Piece(text, -float(i), kinds.get(text, "normal")) for i, text in enumerate(texts)]
+    assert merges(pieces, set()) == ["s >", "a b", "ab s"]
+    assert merges(pieces, {texts.index("ab")}) == ["s >"]
 
 
 def test_hostile_text_is_plain_text_without_added_tokens(document: dict[str, Any], forbidden: set[int]):
