@@ -188,6 +188,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), r"has no config.json"),
     "config one deeper": (nest, r"has no config.json.*Did you mean '.*snapshot'"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "cannot be read.*JSON"),
+    "config of another kind": (lambda d: (d / "config.json").write_text("[1]"), "holds a list"),
     "unknown type": (lambda d: edit_config(d, model_type="internlm4"), "no model type 'internlm4'.*internlm3"),
     "no type": (lambda d: edit_config(d, model_type=...), 'no "model_type"'),
     "wrong field": (lambda d: edit_config(d, hidden_size="wide"), "hidden_size"),

@@ -82,13 +82,13 @@ def _read_config(path: str) -> PreTrainedConfig:
     known = {"local_files_only": _is_offline(path)}
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, **known)
+        if not isinstance(raw, dict):
+            raise UserError(f"it holds a {type(raw).__name__}, not settings. Take the file of the original model.")
         if _is_first_revision(raw):
             config = _first_revision(path, raw)
         else:
             _check_model_type(path, raw)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, **known)
-    except UserError as error:
-        raise UserError(f"The config.json of {path!r} is not right: {error}") from error
     except OSError as error:
         raise UserError(_unreadable(path, error)) from error
     except (ValueError, StrictDataclassError) as error:
