@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config
-from tuner.model.attention import BACKENDS, attention_name, resolve_backend
 
 import tuner.model.build as build_module
 from tuner.errors import UserError
+from tuner.model.attention import BACKENDS, attention_name, resolve_backend
 from tuner.model.build import build_llm
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
