@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class Preparation:
         num_workers = self.num_workers if size > SMALL_BYTES else 1
         if num_workers > 1 and not _travels(self.rows):
             num_workers = 1
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=0.5)
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=_interval())
         with bar, Workers(self.rows, num_workers=num_workers) as workers:
             for file, (directory, ingredients) in missing.items():
                 write = partial(_write, file=file, ingredients=ingredients, workers=workers, bar=bar)
@@ -150,6 +151,11 @@ def _write(
         writer.close(ledger, ingredients)
     finally:
         writer.abandon()
+
+
+def _interval() -> float:
+    """Seconds between two states of the progress bar: few of them in a log file."""
+    return 0.5 if sys.stderr.isatty() else 15.0
 
 
 def _bad_row_error(file: Path, chunk: EncodedChunk) -> UserError:
