@@ -209,7 +209,8 @@ def wrong_data_files(nodes: list[Node]) -> list[str]:
         if node.type is build_shards and "path" in node.values:
             given = node.values["path"]
             paths += [given] if isinstance(given, str) else given
-    return complaints(expand, [path for path in paths if not path.startswith(PREFIX)])
+    found = complaints(expand, [path for path in paths if not path.startswith(PREFIX)])
+    return [f"{problem} data_path names the files to train on." for problem in found]
 
 
 def wrong_models(nodes: list[Node]) -> list[str]:
