@@ -69,6 +69,15 @@ def test_arguments_as_json_text_agree_where_they_are_written_as_python_writes_th
         assert through_jinja({"messages": messages}, name, template.jinja, False) == document.ids.tolist()
 
 
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_turn_whose_content_is_null_is_an_empty_one(name: str):
+    sample = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]}
+    document = Encoder.from_tokenizer(bytelevel(name), CHAT_TEMPLATES[name]).encode(
+        [render(sample, CHAT_TEMPLATES[name])]
+    )[0]
+    assert through_jinja(sample, name, CHAT_TEMPLATES[name].jinja, False) == document.ids.tolist()
+
+
 def test_llama3_s_template_refuses_tools():
     sample = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f", "parameters": {}}]}
     with pytest.raises(Exception, match="no tool grammar"):

@@ -99,12 +99,12 @@ INTERNLM2_JINJA = """
 {%- set named = result.tool_call_id and call.id %}
 {%- if (named and result.tool_call_id == call.id) or (not named and loop.index0 == place) %}
 {%- set kind = '<|interpreter|>' if call.type == 'code_interpreter' else '<|plugin|>' %}
-{{- turn('environment', kind, result.content) }}
+{{- turn('environment', kind, result.content or '') }}
 {%- endif %}
 {%- endfor %}
 {%- endfor %}
 {%- elif message.role != 'tool' %}
-{{- turn(message.role, name, message.content) }}
+{{- turn(message.role, name, message.content or '') }}
 {%- endif %}
 {%- if loop.first and message.role == 'system' %}{{- tool_turns() }}{%- endif %}
 {%- endfor %}
@@ -125,7 +125,7 @@ TOOL_CALL_JINJA = """
 {%- if message.role == 'tool' %}
 {%- set follows = not loop.first and messages[loop.index0 - 1].role == 'tool' %}
 {{- '\\n' if follows else '<|im_start|>user\\n' }}
-{{- '<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{{- '<tool_response>\\n' + (message.content or '') + '\\n</tool_response>' }}
 {%- if loop.last or messages[loop.index].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
 {%- elif not (loop.first and message.role == 'system') %}
 {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
@@ -144,7 +144,7 @@ LLAMA3_JINJA = """
 {%- if tools %}{{- raise_exception('template llama3 has no tool grammar') }}{%- endif %}
 {{- bos_token }}
 {%- for message in messages %}
-{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content + '<|eot_id|>' }}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + (message.content or '') + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
