@@ -147,6 +147,7 @@ def run_trl(folder: Path, pack_length: int, num_steps: int) -> Clock:
     import transformers
     import trl
     from datasets import Dataset
+
     from tuner.model.tokenizer import build_tokenizer
 
     packs = [[{"input_ids": ids.tolist()} for ids in pack] for pack in load_documents(folder, pack_length)[:num_steps]]

@@ -29,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def main() -> None:
     """Entry point of the `tuner` command."""
+    sys.path.insert(0, "")  # as `python -m` does: a config may import a function that lies beside it
     sys.exit(run(sys.argv[1:]))
 
 
