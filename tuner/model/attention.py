@@ -167,8 +167,9 @@ def attention_of(backend: str) -> Callable[..., tuple[torch.Tensor, None]]:
         """(1, H, T, D) -> (1, T, H, D): packed where documents are known, else exactly transformers' "sdpa"."""
         cu_seqlens, max_seqlen = kwargs.pop("cu_seqlens", None), kwargs.pop("max_seqlen", None)
         documents = attention_mask if isinstance(attention_mask, Documents) else None
-        if cu_seqlens is None and documents is None:
+        if cu_seqlens is None and (documents is None or len(documents.cu_seqlens) == 2):
             refuse_hidden_documents(query, key, attention_mask, kwargs.get("position_ids"))
+        if cu_seqlens is None and documents is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         window = check_layer(attention_mask, kwargs)
         if cu_seqlens is None and documents is not None:
@@ -207,10 +208,13 @@ def check_layer(attention_mask: torch.Tensor | Documents | None, kwargs: dict[st
 
 
 def refuse_hidden_documents(
-    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | Documents | None,
+    position_ids: torch.Tensor | None,
 ) -> None:
     """Raise where positions restart but a cache kept transformers from masking: documents would see each other."""
-    first_forward = attention_mask is None and 1 < query.shape[2] == key.shape[2]
+    first_forward = not isinstance(attention_mask, torch.Tensor) and 1 < query.shape[2] == key.shape[2]
     if first_forward and position_ids is not None and position_ids.ndim == 2 and (position_ids.diff() != 1).any():
         raise UserError(
             "position_ids restart inside a row, but neither cu_seqlens nor attention_mask says that these are "

@@ -112,7 +112,8 @@ def hardware_flops(
     """FLOPs that are computed, the numerator of HFU: `model_flops` and what is computed again.
 
     Again: the scores, in the backward of every flash kernel (half an attention forward); with gradient checkpointing
-    the forward of all layers. The fused head computes nothing twice.
+    the forward of all layers (torch stops it before the last product of a layer, which is counted all the same). The
+    fused head computes nothing twice.
     """
     forward = attention_flops(matmuls, num_tokens, sum_squared_lengths)
     again = forward / 2
