@@ -366,3 +366,14 @@ def test_a_work_dir_that_was_moved_resumes(tmp_path):
     shutil.move(tmp_path / "here", tmp_path / "there")
     make_runner(tmp_path / "there", checkpoint=checkpoint_path(tmp_path / "there", 3)).train()
     assert [row[0] for row in trace(tmp_path / "there")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_of_unknown_cost_trains_without_mfu(tmp_path, capsys):
+    llm = tiny_llm()
+    object.__setattr__(llm.config, "layer_types", ["linear_attention", "full_attention"])
+    make_runner(tmp_path, llm=llm, hooks=[MetricsHook(interval=1)]).train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row["mfu"] for row in rows} == {None}
+    output = capsys.readouterr().out
+    assert "warning: The cost of layers of type linear_attention is not known" in output
+    assert "MFU -  HFU -" in output

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from mmengine.hooks import Hook
 from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel
 
 from tuner.engine.checkpoint import write_text_atomically
 from tuner.engine.machine import PeakRate, peak_memory, peak_rate
 from tuner.engine.strategy import StepResult
 from tuner.errors import UserError
+from tuner.model.flops import Matmuls, count_matmuls, hardware_flops, model_flops
 
 if TYPE_CHECKING:
     from tuner.engine.runner import Runner
@@ -35,6 +36,8 @@ class MetricsHook(Hook):
         work_dir = Path(runner.work_dir)
         step = runner.strategy.step
         self.peak = peak_rate(runner.strategy.device)
+        llm = runner.model.get_submodule("llm")
+        self.matmuls, self.is_checkpointing = read_matmuls(llm), llm.is_gradient_checkpointing
         keep_lines(work_dir / METRICS, step)
         self.file = (work_dir / METRICS).open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(str(work_dir / "tensorboard"), purge_step=step + 1 if step else None)
@@ -48,7 +51,8 @@ class MetricsHook(Hook):
         row = self._row(runner, outputs)
         self.file.write(json.dumps(row) + "\n")
         for name in CHARTED:
-            self.board.add_scalar(name, row[name], row["step"])
+            if row[name] is not None:
+                self.board.add_scalar(name, row[name], row["step"])
         is_last = row["step"] == row["num_steps"]
         if row["step"] % self.interval == 0 or row["step"] == self.first_step + 1 or is_last:
             print(line(row), flush=True)
@@ -62,7 +66,7 @@ class MetricsHook(Hook):
         loop, strategy = runner.train_loop, runner.strategy
         done, num_steps = strategy.step, loop.num_steps
         seconds_per_step = (time.perf_counter() - self.started) / (done - self.first_step)
-        model, hardware = count_flops(runner.model.get_submodule("llm"), result)
+        mfu, hfu = self._utilisation(result, loop.step_seconds)
         return {
             "step": done,
             "num_steps": num_steps,
@@ -75,19 +79,30 @@ class MetricsHook(Hook):
             "num_loss_tokens": result.num_loss_tokens,
             "trained_tokens": loop.num_loss_tokens,
             "tokens_per_second": result.num_tokens / loop.step_seconds,
-            "mfu": model / loop.step_seconds / self.peak.flops,
-            "hfu": hardware / loop.step_seconds / self.peak.flops,
+            "mfu": mfu,
+            "hfu": hfu,
             "memory_bytes": peak_memory(strategy.device),
             "step_seconds": loop.step_seconds,
             "data_seconds": loop.data_seconds,
             "seconds_left": seconds_per_step * (num_steps - done),
         }
 
+    def _utilisation(self, result: StepResult, seconds: float) -> tuple[float | None, float | None]:
+        """MFU and HFU of a step."""
+        if self.matmuls is None:
+            return None, None
+        counts = (self.matmuls, result.num_tokens, result.sum_squared_lengths, result.num_loss_tokens)
+        hardware = hardware_flops(*counts, gradient_checkpointing=self.is_checkpointing)
+        return model_flops(*counts) / seconds / self.peak.flops, hardware / seconds / self.peak.flops
 
-def count_flops(llm: torch.nn.Module, result: StepResult) -> tuple[float, float]:
-    """PLACEHOLDER until tuner.model.flops lands."""
-    parameters = sum(parameter.numel() for parameter in llm.parameters())
-    return 6.0 * parameters * result.num_tokens, 6.0 * parameters * result.num_tokens
+
+def read_matmuls(llm: PreTrainedModel) -> Matmuls | None:
+    """The model's matrix products; None, and a line that says so, where the cost of a layer is not known."""
+    try:
+        return count_matmuls(llm)
+    except UserError as error:
+        print(f"warning: {error}", flush=True)
+        return None
 
 
 def header(runner: "Runner", peak: PeakRate) -> str:
@@ -95,9 +110,9 @@ def header(runner: "Runner", peak: PeakRate) -> str:
     loop = runner.train_loop
     return (
         f"{loop.num_steps} optimizer steps in {runner.work_dir}, from step {runner.strategy.step}\n"
-        "MFU = FLOPs of forward and backward / (seconds of the step x peak), with "
-        "FLOPs = 6 x matmul parameters x tokens + causal attention, 6 x layers x heads x head size x sum of squared "
-        "document lengths; HFU adds the forward that gradient checkpointing computes again\n"
+        "MFU = FLOPs of forward and backward / (seconds of the step x peak); FLOPs = 6 x weights of the layers x "
+        "tokens + 6 x weights of the head x trained tokens + 6 x heads x head size x sum of squared document lengths, "
+        "over all layers (causal, GQA-aware); HFU adds what is computed again: scores, checkpointed layers\n"
         f"peak = {peak.flops / 1e12:.3g} TFLOP/s, {peak.source}; tok/s counts every token, waiting for data included"
     )
 
@@ -112,12 +127,17 @@ def line(row: dict[str, Any]) -> str:
         f"grad norm {row['grad_norm']:.3g}",
         f"{row['tokens_per_second']:,.0f} tok/s",
         f"trained {short(row['trained_tokens'])}",
-        f"MFU {row['mfu']:.1%}",
-        f"HFU {row['hfu']:.1%}",
+        f"MFU {share(row['mfu'])}",
+        f"HFU {share(row['hfu'])}",
         f"{row['memory_bytes'] / 1e9:.2f} GB",
         f"left {duration(row['seconds_left'])}",
     ]
     return "  ".join(parts) + ("  (gradient overflow: step skipped, loss scale halved)" if row["skipped"] else "")
+
+
+def share(value: float | None) -> str:
+    """0.4123 -> 41.2%; a dash for what is not known."""
+    return "-" if value is None else f"{value:.1%}"
 
 
 def short(number: float) -> str:

@@ -56,7 +56,7 @@ class SampleChatHook(Hook):
             return
         for prompt, ids in zip(self.prompts, self.inputs):
             reply = self._reply(runner, ids)
-            print(f"step {step} | {shown(prompt)}\n         > {reply}", flush=True)
+            print(f"  sample at step {step} | {shown(prompt)}\n    > {reply}", flush=True)
             row = json.dumps({"step": step, "prompt": prompt, "reply": reply}, ensure_ascii=False)
             with (Path(runner.work_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
                 file.write(row + "\n")
