@@ -146,13 +146,15 @@ def generate(path: Path, number: int) -> Path:
     with open(path, "w", encoding="utf-8") as file:
         for row in range(number):
             words = TOPICS["zh" if row % 2 else "en"].split()
-            messages = []
-            for _ in range(choose.randint(1, 8)):
-                for role, longest in (("user", 20), ("assistant", 80)):
-                    text = " ".join(choose.choices(words, k=choose.randint(3, longest)))
-                    messages.append({"role": role, "content": f"{text} {choose.randint(0, 10**6)}."})
+            turns = [("user", 20), ("assistant", 80)] * choose.randint(1, 8)
+            messages = [{"role": role, "content": speak(choose, words, longest)} for role, longest in turns]
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return path
+
+
+def speak(choose: random.Random, words: list[str], longest: int) -> str:
+    """Up to `longest` words and a number."""
+    return f"{' '.join(choose.choices(words, k=choose.randint(3, longest)))} {choose.randint(0, 10**6)}."
 
 
 def save_tokenizer(path: str, folder: Path) -> str:

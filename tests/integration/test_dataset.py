@@ -275,12 +275,16 @@ def test_all_wrong_settings_are_told_at_once(tmp_path, make):
         assert part in str(error.value)
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, make, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_file_that_changes_after_its_digest_was_taken_is_refused(tmp_path, make, monkeypatch, late):
     path = write_rows(tmp_path / "a.jsonl", [row(1)])
 
     def chunks(file):
+        if not late:
+            write_rows(file, [row(1), row(2)])
         yield from read.read_chunks(file)
-        write_rows(file, [row(1), row(2)])
+        if late:
+            write_rows(file, [row(1), row(2)])
 
     monkeypatch.setattr(prepare, "read_chunks", chunks)
     with pytest.raises(UserError, match="changed while it was being read"):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from tuner.dataset.messages import nearest
 from tuner.dataset.read import Chunk, file_kind, read_chunks
 from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
 from tuner.dataset.sources import (
+    Stamp,
     check_unchanged,
     content_digest,
     expand,
@@ -72,6 +73,14 @@ def build_shards(
     return shards
 
 
+class _Missing(NamedTuple):
+    """A shard to make, and the state of its data file when its digest was asked for."""
+
+    directory: Path
+    ingredients: dict[str, Any]
+    seen: Stamp
+
+
 @dataclass(frozen=True)
 class Preparation:
     """Makes the shards that are missing in `cache_dir`, with `rows` on at most `num_workers` processes."""
@@ -86,11 +95,12 @@ class Preparation:
         directories = []
         missing = {}
         for file in files:
+            seen = stamp(file)
             ingredients = self._ingredients(file)
             directory = self.cache_dir / digest(ingredients)
             directories.append(directory)
             if not is_whole(directory):
-                missing[file] = (directory, ingredients)
+                missing[file] = _Missing(directory, ingredients, seen)
         if missing:
             self._make(missing)
         for file, directory in zip(files, directories):
@@ -120,35 +130,32 @@ class Preparation:
                 write_record(place, {**record, "ingredients": ingredients})
         return ingredients
 
-    def _make(self, missing: dict[Path, tuple[Path, dict[str, Any]]]) -> None:
+    def _make(self, missing: dict[Path, _Missing]) -> None:
         size = sum(file.stat().st_size for file in missing)
         num_workers = self.num_workers if size > SMALL_BYTES else 1
         if num_workers > 1 and not _travels(self.rows):
             num_workers = 1
         bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=_interval())
         with bar, Workers(self.rows, num_workers=num_workers) as workers:
-            for file, (directory, ingredients) in missing.items():
-                write = partial(_write, file=file, ingredients=ingredients, workers=workers, bar=bar)
-                build_once(directory, write, is_whole)
+            for file, shard in missing.items():
+                write = partial(_write, file=file, shard=shard, workers=workers, bar=bar)
+                build_once(shard.directory, write, is_whole)
 
 
-def _write(
-    directory: Path, *, file: Path, ingredients: dict[str, Any], workers: Workers[Chunk, EncodedChunk], bar: Any
-) -> None:
-    before = stamp(file)
+def _write(directory: Path, *, file: Path, shard: _Missing, workers: Workers[Chunk, EncodedChunk], bar: Any) -> None:
     writer = ShardWriter(directory)
     ledger, position = Ledger(), 0
     try:
         for chunk in workers.map(read_chunks(file)):
-            if chunk.bad_rows and ingredients["on_bad_row"] == "raise":
+            if chunk.bad_rows and shard.ingredients["on_bad_row"] == "raise":
                 raise _bad_row_error(file, chunk)
             writer.append(chunk.block, chunk.bad_rows)
             ledger += chunk.ledger
             bar.set_postfix_str(f"{ledger.read.tokens:,} tokens", refresh=False)
             bar.update(chunk.position - position)
             position = chunk.position
-        check_unchanged(file, before)
-        writer.close(ledger, ingredients)
+        check_unchanged(file, shard.seen)
+        writer.close(ledger, shard.ingredients)
     finally:
         writer.abandon()
 
