@@ -76,9 +76,11 @@ def run_separate(llm: PreTrainedModel, lengths: list[int]) -> tuple[torch.Tensor
 
 def assert_same_run(got: tuple[torch.Tensor, dict], expected: tuple[torch.Tensor, dict], tolerance: float) -> None:
     assert got[1].keys() == expected[1].keys()
-    pairs = [(got[0], expected[0]), *((got[1][name], expected[1][name]) for name in expected[1])]
-    for one, other in pairs:
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, other.abs().max().item()))
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=tolerance * max(1.0, expected[0].abs().max().item()))
+    # measured by the largest gradient: a key's bias has none in exact arithmetic, only the rounding of large sums
+    largest = max(gradient.abs().max().item() for gradient in expected[1].values())
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=0, atol=tolerance * max(1.0, largest))
 
 
 @families
