@@ -106,6 +106,9 @@ def test_a_run_killed_while_saving_has_one_whole_newest_checkpoint(tmp_path, mon
     verify_checkpoint(newest)
     remove_leftovers(tmp_path)
     assert not list((tmp_path / "checkpoints").glob(".*"))
+    if moment == "seal":
+        save(tmp_path, 2)  # nothing half-made is in the way
+        verify_checkpoint(find_checkpoint(tmp_path))
 
 
 def test_the_newest_are_kept(tmp_path):

@@ -37,7 +37,7 @@ class MetricsHook(Hook):
         step = runner.strategy.step
         self.peak = peak_rate(runner.strategy.device)
         llm = runner.model.get_submodule("llm")
-        self.matmuls, self.is_checkpointing = read_matmuls(llm), llm.is_gradient_checkpointing
+        self.matmuls, self.is_checkpointing = read_matmuls(llm), llm.is_activation_checkpointing
         keep_lines(work_dir / METRICS, step)
         self.file = (work_dir / METRICS).open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(str(work_dir / "tensorboard"), purge_step=step + 1 if step else None)
