@@ -76,7 +76,7 @@ def load_documents(folder: Path, pack_length: int) -> list[list[Any]]:
     )
     dataset = PackedDataset(shards, max_length=pack_length, seed=0)
     plans = StepSampler(dataset, num_accumulation_steps=1)
-    return [[shards.document(i).ids for i in dataset.document_ids(plan)] for plan in plans]
+    return [[shards.document(index).ids for index in plan.packs[0]] for plan in plans]
 
 
 def build_model(folder: Path, attention: str) -> Any:
@@ -195,12 +195,13 @@ RUNS = {"tuner train": run_tuner, "Trainer, packed positions": run_trainer, "TRL
 
 def tokens_of_steps(folder: Path, pack_length: int, num_steps: int) -> tuple[int, float]:
     """Tokens and model FLOPs (forward and backward) of the timed steps."""
-    from tuner.model.flops import model_flops
+    from tuner.model.flops import count_matmuls, model_flops
 
     packs = load_documents(folder, pack_length)[NUM_WARMUP_STEPS:num_steps]
     lengths = [len(document) for pack in packs for document in pack]
-    llm = build_model(folder, "sdpa")
-    return sum(lengths), float(model_flops(llm, sum(lengths), sum(n * n for n in lengths), sum(lengths) - len(lengths)))
+    matmuls = count_matmuls(build_model(folder, "sdpa"))
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    return tokens, model_flops(matmuls, tokens, squares, tokens - len(lengths))
 
 
 def matrix_rate() -> float:

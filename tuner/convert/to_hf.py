@@ -39,6 +39,7 @@ def convert(checkpoint: Path, out: Path, *, dtype: DtypeName = "auto") -> Path:
         draft = Path(name) / "hf"
         write_model(checkpoint, draft, DTYPES[dtype])
         write_tokenizer(checkpoint / "hf", draft)
+        write_remote_code(checkpoint / "hf", draft)
         compare_weights(checkpoint, draft)
         if out.exists():
             out.rmdir()
@@ -87,6 +88,16 @@ def write_tokenizer(source: Path, out: Path) -> None:
         tokenizer.chat_template = template.jinja
         shutil.copy(source / "template.json", out / "template.json")
     tokenizer.save_pretrained(out)
+
+
+def write_remote_code(source: Path, out: Path) -> None:
+    """The published .py files for loaders that need them; an `auto_map` to files that nobody has would only mislead."""
+    for path in source.glob("*.py"):
+        shutil.copy(path, out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in config and not list(source.glob("*.py")):
+        del config["auto_map"]
+        (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_template(source: Path) -> ChatTemplate | None:

@@ -2,9 +2,12 @@
 
 import json
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tuner.engine.checkpoint import publishing, verify_checkpoint
 from tuner.engine.randomness import capture_random_state, restore_random_state
@@ -100,8 +103,18 @@ def write_hf(directory: Path, llm: Any, record: "RunRecord") -> None:
     llm.config.save_pretrained(directory)
     if llm.can_generate():
         llm.generation_config.save_pretrained(directory)
+    for path in remote_code(llm.config):
+        shutil.copy(path, directory)
     record.tokenizer.save_pretrained(directory)
     write_json(directory / "template.json", {"chat_template": record.chat_template})
+
+
+def remote_code(config: Any) -> list[Path]:
+    """The .py files that `auto_map` names and that lie beside the model: for loaders that need them, never run here."""
+    named = [reference for entry in (config.to_dict().get("auto_map") or {}).values() for reference in np.ravel(entry)]
+    modules = {str(reference).rpartition("--")[2].split(".")[0] for reference in named if reference}
+    paths = [Path(config.name_or_path) / f"{module}.py" for module in sorted(modules)]
+    return [path for path in paths if path.is_file()]
 
 
 def versions() -> dict[str, str]:
