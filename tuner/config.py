@@ -3,6 +3,7 @@
 import ast
 import tempfile
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,9 +54,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def list_presets(pattern: str = "") -> list[Description]:
-    """A description of each preset whose name or description contains `pattern`, whatever its case."""
+    """A description of each preset whose line contains `pattern`, in any case; `*` and `?` stand for any characters."""
+    wanted = f"*{pattern.lower()}*"
     descriptions = [describe(preset) for preset in PRESETS.values()]
-    return [row for row in descriptions if pattern.lower() in "  ".join(row).lower()]
+    return [row for row in descriptions if fnmatchcase("  ".join(row).lower(), wanted)]
 
 
 def describe(preset: Preset) -> Description:

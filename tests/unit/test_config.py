@@ -227,6 +227,7 @@ def test_an_option_that_leads_nowhere_is_told_with_the_nearest_names(path: str, 
 def test_a_pattern_picks_presets_by_anything_in_their_line():
     assert len(list_presets()) == len(PRESETS) == 2 * len(MODELS)
     assert {row.name for row in list_presets("TINY")} == {"internlm2_tiny-sft_full", "internlm2_tiny-pretrain"}
+    assert {row.name for row in list_presets("sft*llama")} == {"llama3_8b-sft_full"}
     assert list_presets("nothing like it") == []
 
 
