@@ -166,7 +166,7 @@ def cli() -> None:
 
 
 @cli.command("list-cfg")
-@click.option("-p", "--pattern", default="", help="Only presets whose line contains this; * and ? match any characters.")
+@click.option("-p", "--pattern", default="", help="Only presets whose line has this; * and ? match any characters.")
 @debug_option
 def list_cfg(pattern: str) -> None:
     """List the presets: what each does, its model, context length and the hardware it is meant for."""
