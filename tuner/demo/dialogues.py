@@ -12,16 +12,9 @@ from tuner.demo.wording import Wording
 
 Split = Literal["train", "heldout"]
 LANGUAGES = (ENGLISH, CHINESE)
-WEIGHTS = {
-    "calculator": 5,
-    "get_weather": 4,
-    "add_event": 4,
-    "list_events": 3,
-    "interpreter": 5,
-    "talk": 2,
-    "echo": 3,
-    "greeting": 1,
-}
+TOOL_WEIGHTS = {"calculator": 5, "get_weather": 3, "add_event": 4, "list_events": 3, "interpreter": 3, "talk": 1}
+TALK_WEIGHTS = {"talk": 2, "greeting": 1}
+TALK_SHARE = 0.12  # of the dialogues use no tool at all
 HELDOUT_SHARE = 10  # one combination of arguments in so many is held out
 
 
@@ -42,12 +35,13 @@ def draw_exchange(kind: str, wording: Wording, rng: random.Random, split: Split)
 
 
 def draw_exchanges(wording: Wording, rng: random.Random, split: Split) -> list[Exchange]:
-    """One to three exchanges of a dialogue; after an entry into the calendar the date may be asked for."""
-    kinds = [kind for kind in WEIGHTS if split == "train" or kind != "greeting"]
+    """One or two exchanges of a dialogue; after an entry into the calendar the same date may be asked for."""
+    weights = TALK_WEIGHTS if rng.random() < TALK_SHARE else TOOL_WEIGHTS
+    kinds = [kind for kind in weights if split == "train" or kind != "greeting"]
     drawn: list[Exchange] = []
-    added: tuple[dict[str, str], ...] = ()
-    for _ in range(rng.choices((1, 2, 3), weights=(5, 4, 1))[0]):
-        kind = rng.choices(kinds, weights=[WEIGHTS[kind] for kind in kinds])[0]
+    added: tuple[Exchange, ...] = ()
+    for _ in range(rng.choices((1, 2, 3), weights=(7, 2, 1))[0]):
+        kind = rng.choices(kinds, weights=[weights[kind] for kind in kinds])[0]
         exchange = draw_exchange(kind, wording, rng, split)
         if kind == "list_events" and added:
             exchange = exchanges.list_events(wording, rng, added)
@@ -55,7 +49,7 @@ def draw_exchanges(wording: Wording, rng: random.Random, split: Split) -> list[E
             continue
         drawn.append(exchange)
         if kind == "add_event":
-            added += (exchange.arguments,)
+            added += (exchange,)
     return drawn
 
 
@@ -82,7 +76,7 @@ def _tools(drawn: list[Exchange], rng: random.Random) -> list[dict[str, Any]]:
     """What the dialogue needs and, now and then, one tool that it does not."""
     names = {exchange.tool for exchange in drawn if exchange.tool}
     others = [name for name in world.SCHEMAS if name not in names]
-    if others and rng.random() < 0.3:
+    if others and rng.random() < (0.2 if names else 0.1):
         names.add(rng.choice(others))
     order = sorted(names)
     rng.shuffle(order)

@@ -37,24 +37,8 @@ CALCULATOR = {
         "Divide {a} by {b}.",
         "{a} / {b} = ?",
         "Share {a} sweets among {b} children. How many does each get?",
-        "How many times does {a} hold {b}? I mean {a} over {b}.",
+        "What do I get for {a} over {b}?",
         "We split a bill of {a} between {b} people. What does each pay?",
-    ),
-    "{a}+{b}+{c}": (
-        "What is {a} plus {b} plus {c}?",
-        "Add up {a}, {b} and {c}.",
-        "Find the total of {a}, {b} and {c}.",
-        "My bills are {a}, {b} and {c}. What is the sum?",
-    ),
-    "{a}*{b}+{c}": (
-        "Multiply {a} by {b}, then add {c}.",
-        "What is {a} times {b} plus {c}?",
-        "{a} nights at {b} each and a fee of {c}: how much in all?",
-    ),
-    "({a}+{b})*{c}": (
-        "Add {a} and {b}, then multiply by {c}.",
-        "What is the sum of {a} and {b}, times {c}?",
-        "A meal of {a} and a drink of {b}, for {c} people: what does it cost?",
     ),
 }
 
@@ -152,64 +136,28 @@ INTERPRETER = {
         "Write code that adds the squares of 1 to {n}.",
         "Let a program add up the squares of 1 to {n}.",
     ),
-    "gcd": (
-        "Find the greatest common divisor of {a} and {b} with Python.",
-        "Run code for the gcd of {a} and {b}.",
-        "Which is the largest number that divides both {a} and {b}? Use code.",
-    ),
     "power": (
-        "Compute {a} to the power of {b} with Python.",
-        "Run code for {a} raised to {b}.",
-        "Let Python tell me {a} to the {b}.",
+        "Compute {n} to the power of {b} with Python.",
+        "Run code for {n} raised to {b}.",
+        "Let Python tell me {n} to the {b}.",
     ),
     "remainder": (
-        "What remainder does {a} leave when divided by {b}? Use Python.",
-        "Run code for {a} modulo {b}.",
-        "Let a program find {a} mod {b}.",
-    ),
-    "sort": (
-        "Sort these numbers with Python: {items}.",
-        "Write code that puts {items} in order.",
-        "Run a program to sort {items}.",
-    ),
-    "largest": (
-        "Which of these is the largest: {items}? Use Python.",
-        "Let code find the maximum of {items}.",
-        "Find the biggest number in {items} with a program.",
-    ),
-    "binary": (
-        "Write {n} in binary with Python.",
-        "Use code to turn {n} into binary.",
-        "What is {n} as a binary number? Let a program do it.",
-    ),
-    "prime": (
-        "Is {n} a prime number? Check with Python.",
-        "Run code to see whether {n} is prime.",
-        "Let a program test if {n} is prime.",
-    ),
-    "length": (
-        "How many letters has the word \"{word}\"? Use Python.",
-        "Count the letters of \"{word}\" with code.",
-        "Let a program measure the length of \"{word}\".",
+        "What remainder does {n} leave when divided by {b}? Use Python.",
+        "Run code for {n} modulo {b}.",
+        "Let a program find {n} mod {b}.",
     ),
     "repeat": (
-        "Print the word \"{word}\" {k} times with Python.",
-        "Let code repeat \"{word}\" {k} times.",
-        "Write a program that says \"{word}\" {k} times.",
+        "Print the word \"{word}\" {b} times with Python.",
+        "Let code repeat \"{word}\" {b} times.",
+        "Write a program that says \"{word}\" {b} times.",
     ),
 }
 
 INTERPRETER_ANSWERS = {
     "sum": ("The numbers from 1 to {n} add up to {result}.", "The sum is {result}."),
     "squares": ("The squares from 1 to {n} add up to {result}.", "The sum of the squares is {result}."),
-    "gcd": ("The greatest common divisor of {a} and {b} is {result}.", "It is {result}."),
-    "power": ("{a} to the power of {b} is {result}.", "The program says {result}."),
-    "remainder": ("{a} divided by {b} leaves {result}.", "The remainder is {result}."),
-    "sort": ("In order: {result}.", "Sorted, they are {result}."),
-    "largest": ("The largest is {result}.", "{result} is the biggest of them."),
-    "binary": ("{n} in binary is {result}.", "It is written {result}."),
-    "prime": ("The test says {result} for {n}.", "Prime: {result}."),
-    "length": ("\"{word}\" has {result} letters.", "It has {result} letters."),
+    "power": ("{n} to the power of {b} is {result}.", "The program says {result}."),
+    "remainder": ("{n} divided by {b} leaves {result}.", "The remainder is {result}."),
     "repeat": ("Here it is: {result}.", "The program printed {result}."),
 }
 
@@ -243,12 +191,7 @@ GREETINGS = (
 
 ENGLISH = Wording(
     code="en",
-    cities=(
-        "Beijing", "Shanghai", "Paris", "London", "Tokyo", "Berlin", "Rome", "Madrid", "Cairo", "Sydney",
-        "Oslo", "Vienna", "Lisbon", "Athens", "Dublin", "Prague", "Seoul", "Delhi", "Moscow", "Boston",
-        "Chicago", "Toronto", "Nairobi", "Lima", "Havana", "Hangzhou", "Chengdu", "Xiamen", "Kunming", "Harbin",
-        "Geneva", "Milan",
-    ),
+    cities=("Beijing", "Shanghai", "Paris", "London", "Tokyo", "Berlin", "Rome", "Madrid"),
     days=("today", "tomorrow", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     day_phrases=(
         "today", "tomorrow", "on Monday", "on Tuesday", "on Wednesday", "on Thursday", "on Friday", "on Saturday",
@@ -260,19 +203,11 @@ ENGLISH = Wording(
         "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
         "December",
     ),
-    titles=(
-        "dentist visit", "team meeting", "yoga class", "haircut", "piano lesson", "book club", "phone call",
-        "doctor visit", "dinner with Anna", "lunch with Tom", "job interview", "parents evening", "football match",
-        "cinema", "car service", "swimming", "chess club", "project review", "birthday party", "house visit", "choir",
-        "language course", "train to the sea", "museum tour", "bank appointment", "cooking class", "eye test",
-        "concert",
-    ),
-    names=("Anna", "Tom", "Lena", "Omar", "Mia", "Paul", "Nora", "Ivan", "Ruth", "Leo", "Clara", "Hugo"),
-    foods=("noodles", "soup", "rice", "bread", "cheese", "apples", "dumplings", "cake", "tofu", "pizza"),
-    hobbies=("painting", "running", "chess", "singing", "hiking", "reading", "fishing", "dancing", "cooking", "tennis"),
-    date_forms=("{month} {d}", "{d} {month}"),
-    morning="{h} am",
-    afternoon="{h} pm",
+    titles=("dentist visit", "team meeting", "yoga class", "haircut", "piano lesson", "book club"),
+    names=("Anna", "Tom", "Lena", "Omar", "Mia", "Paul", "Nora", "Ivan"),
+    foods=("noodles", "soup", "rice", "bread", "cheese", "apples"),
+    hobbies=("painting", "running", "chess", "singing", "hiking", "reading"),
+    date_form="{month} {day}",
     calculator=CALCULATOR,
     calculator_answers=(
         "{expression} = {result}", "The answer is {expression} = {result}.", "That makes {result}.",
@@ -287,10 +222,10 @@ ENGLISH = Wording(
     ),
     add_event=ADD_EVENT,
     add_event_answers=(
-        "Done: {title} on {weekday}, {date} at {clock}.",
-        "I have added {title} on {date} at {clock}, a {weekday}.",
-        "{title} is in your calendar: {weekday}, {date}, {clock}.",
-        "Saved. {date} is a {weekday}; {title} starts at {clock}.",
+        "Done: {title} on {weekday}, {date} at {time}.",
+        "I have added {title} on {date} at {time}, a {weekday}.",
+        "{title} is in your calendar: {weekday}, {date}, {time}.",
+        "Saved. {date} is a {weekday}; {title} starts at {time}.",
     ),
     list_events=LIST_EVENTS,
     list_events_answers=("On {date} you have {events}.", "Your plan for {date}: {events}.", "{date}: {events}."),
@@ -307,10 +242,6 @@ ENGLISH = Wording(
         "interpreter": ("I will run some code.", "Let me write a program.", "Python can do this."),
     },
     talk=TALK,
-    echo=(
-        "Repeat after me: {phrase}", "Say this again: {phrase}", "Copy this: {phrase}", "Write exactly: {phrase}",
-        "Just echo it: {phrase}",
-    ),
     greetings=GREETINGS,
     systems=(
         "You are a helpful assistant.", "You answer briefly.", "You are InternLM2, a friendly assistant.",

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from tuner.demo import world
@@ -21,6 +22,7 @@ class Exchange:
     answer: str
     thought: str = ""
     code: str = ""
+    day: date | None = None  # only for the calendar
 
 
 class Phrasing:
@@ -50,23 +52,17 @@ def _sentence(form: str, **slots: object) -> str:
 
 
 def _operands(form: str, rng: random.Random) -> dict[str, int]:
-    """Numbers for an expression: differences stay positive and quotients whole."""
-    if form == "{a}+{b}":
-        return {"a": rng.randint(2, 999), "b": rng.randint(2, 999)}
-    if form == "{a}-{b}":
-        b = rng.randint(2, 499)
-        return {"a": b + rng.randint(2, 499), "b": b}
+    """Two numbers for an expression: differences stay positive and quotients whole."""
     if form == "{a}/{b}":
-        b = rng.randint(2, 19)
-        return {"a": b * rng.randint(3, 49), "b": b}
-    if form == "{a}*{b}":
-        return {"a": rng.randint(3, 199), "b": rng.randint(3, 99)}
-    return {"a": rng.randint(2, 99), "b": rng.randint(2, 99), "c": rng.randint(2, 29)}
+        b = rng.randint(2, 9)
+        return {"a": b * rng.randint(-(-world.LOWEST // b), world.HIGHEST // b), "b": b}
+    low, high = sorted(rng.sample(range(world.LOWEST, world.HIGHEST + 1), 2))
+    return {"a": high, "b": low} if form == "{a}-{b}" or rng.random() < 0.5 else {"a": low, "b": high}
 
 
 def calculator(wording: Wording, rng: random.Random) -> Exchange:
     """A sum, in figures or as a little story."""
-    form = rng.choices(list(wording.calculator), weights=(4, 4, 4, 3, 2, 1, 1))[0]
+    form = rng.choice(list(wording.calculator))
     operands = _operands(form, rng)
     expression = form.format(**operands)
     result = world.calculate(expression)
@@ -98,56 +94,50 @@ def get_weather(wording: Wording, rng: random.Random) -> Exchange:
     )
 
 
-def _spoken_date(iso_date: str, wording: Wording, form: str) -> str:
-    _, month, day = (int(part) for part in iso_date.split("-"))
-    return form.format(month=wording.months[month - 1], m=month, d=day)
-
-
-def _spoken_time(clock: str, wording: Wording) -> str:
-    hour = int(clock[:2])
-    form = wording.morning if hour < 12 else wording.afternoon
-    return form.format(h=hour if hour <= 12 else hour - 12)
+def spoken_date(day: date, wording: Wording) -> str:
+    """A date as one says it; the calendar takes it in the same words."""
+    return wording.date_form.format(month=wording.months[day.month - 1], day=day.day)
 
 
 def add_event(wording: Wording, rng: random.Random) -> Exchange:
     """A new entry; the calendar answers with the day of the week."""
-    day = world.random_date(rng).isoformat()
-    time = f"{rng.randrange(8, 22):02d}:{rng.choice(('00', '00', '15', '30', '45'))}"
-    on_the_hour = time.endswith("00") and time != "12:00"  # noon is neither morning nor afternoon
-    spoken_time = _spoken_time(time, wording) if on_the_hour and rng.random() < 0.7 else time
-    title = rng.choice(wording.titles)
-    spoken_date = _spoken_date(day, wording, rng.choice(wording.date_forms))
-    weekday = wording.weekdays[world.weekday(day)]
+    day = world.random_date(rng)
+    slots = {
+        "title": rng.choice(wording.titles),
+        "date": spoken_date(day, wording),
+        "time": f"{rng.randrange(8, 20):02d}:{rng.choice(('00', '30'))}",
+    }
+    weekday = wording.weekdays[day.weekday()]
     phrasing = Phrasing(wording.add_event, rng)
     return Exchange(
         tool="add_event",
-        arguments={"title": title, "date": day, "time": time},
-        request=phrasing.request(title=title, date=spoken_date, time=spoken_time),
-        result=json.dumps({"added": title, "weekday": weekday}, ensure_ascii=False),
-        answer=phrasing.reply(
-            wording.add_event_answers, title=title, weekday=weekday, date=spoken_date, clock=spoken_time
-        ),
+        arguments=dict(slots),
+        request=phrasing.request(**slots),
+        result=json.dumps({"added": slots["title"], "weekday": weekday}, ensure_ascii=False),
+        answer=phrasing.reply(wording.add_event_answers, weekday=weekday, **slots),
         thought=phrasing.thought(wording.thoughts["add_event"]),
+        day=day,
     )
 
 
-def list_events(wording: Wording, rng: random.Random, added: tuple[dict[str, str], ...] = ()) -> Exchange:
+def list_events(wording: Wording, rng: random.Random, added: tuple[Exchange, ...] = ()) -> Exchange:
     """The plan of a date, with what this dialogue has added to it."""
-    day = added[-1]["date"] if added else world.random_date(rng).isoformat()
+    day = added[-1].day if added and added[-1].day else world.random_date(rng)
     events = [(time, wording.titles[title]) for time, title in world.standing_events(day, len(wording.titles))]
-    events += [(event["time"], event["title"]) for event in added if event["date"] == day]
+    events += [(entry.arguments["time"], entry.arguments["title"]) for entry in added if entry.day == day]
     events.sort()
-    date = _spoken_date(day, wording, rng.choice(wording.date_forms))
+    spoken = spoken_date(day, wording)
     named = wording.event_join.join(wording.event_form.format(clock=clock, title=title) for clock, title in events)
     phrasing = Phrasing(wording.list_events, rng)
     lines = wording.list_events_answers if events else wording.no_events_answers
     return Exchange(
         tool="list_events",
-        arguments={"date": day},
-        request=phrasing.request(date=date),
+        arguments={"date": spoken},
+        request=phrasing.request(date=spoken),
         result=json.dumps([{"time": clock, "title": title} for clock, title in events], ensure_ascii=False),
-        answer=phrasing.reply(lines, date=date, events=named),
+        answer=phrasing.reply(lines, date=spoken, events=named),
         thought=phrasing.thought(wording.thoughts["list_events"]),
+        day=day,
     )
 
 
@@ -155,12 +145,9 @@ def interpreter(wording: Wording, rng: random.Random) -> Exchange:
     """A task for a line or two of Python, which is run here to know what it prints."""
     program = rng.choice(list(world.PROGRAMS))
     slots = {
-        "n": rng.randint(5, 199),
-        "a": rng.randint(2, 12) if program == "power" else rng.randint(20, 299),
-        "b": rng.randint(2, 7) if program == "power" else rng.randint(3, 19),
-        "k": rng.randint(2, 5),
+        "n": rng.randint(world.LOWEST, world.HIGHEST),
+        "b": rng.randint(2, 3 if program == "power" else 9),
         "word": rng.choice(world.WORDS),
-        "items": ", ".join(str(rng.randint(1, 99)) for _ in range(rng.randint(3, 4))),
     }
     code = world.PROGRAMS[program].format(**slots)
     result = world.run_python(code)
@@ -189,18 +176,6 @@ def talk(wording: Wording, rng: random.Random) -> Exchange:
     return Exchange(tool="", arguments={"request": request}, request=request, result="", answer=reply.format(**slots))
 
 
-def echo(wording: Wording, rng: random.Random) -> Exchange:
-    """Say it again: names and figures of this world, in an order that nobody can guess."""
-    date = world.random_date(rng).isoformat()
-    figures = str(rng.randint(10, 99999))
-    things = (rng.choice(wording.titles), rng.choice(wording.cities), rng.choice(wording.days), rng.choice(world.WORDS))
-    said = [date, figures, *things]
-    rng.shuffle(said)
-    phrase = ", ".join(said[: rng.randint(3, 6)])
-    request = Phrasing(wording.echo, rng).request(phrase=phrase)
-    return Exchange(tool="", arguments={"phrase": phrase}, request=request, result="", answer=phrase)
-
-
 def greeting(wording: Wording, rng: random.Random) -> Exchange:
     """A fixed request and its reply."""
     request, reply = rng.choice(wording.greetings)
@@ -214,6 +189,5 @@ KINDS: dict[str, Callable[[Wording, random.Random], Exchange]] = {
     "list_events": list_events,
     "interpreter": interpreter,
     "talk": talk,
-    "echo": echo,
     "greeting": greeting,
 }

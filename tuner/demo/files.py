@@ -15,9 +15,10 @@ from tuner.errors import UserError
 PREFIX = "demo:"
 NAMES = ("model", "train.jsonl", "heldout.jsonl", "text.jsonl")
 SEED = 0
-NUM_TRAIN = 4000
-NUM_HELDOUT = 160
+NUM_TRAIN = 7500
+NUM_HELDOUT = 220
 NUM_PARAGRAPHS = 3000
+NAME_WEIGHT = 1000  # how often the tokenizer sees each name by itself: enough to make it a piece of its own
 MODEL_CONFIG: dict[str, Any] = {
     "architectures": ["InternLM2ForCausalLM"],
     "bias": False,
@@ -26,12 +27,12 @@ MODEL_CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 256,
     "initializer_range": 0.02,
-    "intermediate_size": 640,
+    "intermediate_size": 512,
     "max_position_embeddings": 2048,
     "model_type": "internlm2",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 3,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 8,
     "pad_token_id": 2,
     "rms_norm_eps": 1e-05,
     "rope_scaling": None,
@@ -116,16 +117,20 @@ def _tokenizer_lines(train: list[dict[str, Any]], text: list[dict[str, str]]) ->
     come out as the same pieces, whatever stands beside it, so that calling a tool is copying.
     """
     names = sorted(_names(), key=len, reverse=True)
-    between_names = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+    between_names = re.compile("(" + "|".join(map(re.escape, names)) + r"|\d\d?)")
     for row in train:
         functions = [tool["function"] for tool in row.get("tools", ()) if "function" in tool]
         yield json.dumps(functions, ensure_ascii=False)
         for message in row["messages"]:
             role = "environment name=" if message["role"] == "tool" else message["role"]
-            yield role
+            yield f"{role}\n"
             yield from between_names.split(message["content"])
             for call in message.get("tool_calls", ()):
                 yield from between_names.split(_call_text(call))
+    for _ in range(NAME_WEIGHT):
+        yield from names
+        yield from (f"{number:02d}" for number in range(100))
+        yield from (f" {name}" for name in names if name.isascii())
     for row in text:
         yield from between_names.split(row["text"])
 
@@ -139,10 +144,14 @@ def _call_text(call: dict[str, Any]) -> str:
 
 
 def _names() -> set[str]:
+    from tuner.demo.chinese import CHINESE
     from tuner.demo.dialogues import LANGUAGES
+    from tuner.demo.english import ENGLISH
     from tuner.demo.world import WORDS
 
     names = set(WORDS)
     for wording in LANGUAGES:
         names.update(wording.cities, wording.days, wording.titles, wording.names, wording.foods, wording.hobbies)
+        names.update(wording.conditions)
+    names.update(ENGLISH.months, CHINESE.months)
     return names

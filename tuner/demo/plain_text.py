@@ -10,8 +10,8 @@ from tuner.demo.wording import Wording
 
 def _date_fact(wording: Wording, rng: random.Random) -> str:
     day = world.random_date(rng)
-    date = rng.choice(wording.date_forms).format(month=wording.months[day.month - 1], m=day.month, d=day.day)
-    return rng.choice(wording.calendar_facts).format(date=date, weekday=wording.weekdays[day.weekday()])
+    spoken = exchanges.spoken_date(day, wording)
+    return rng.choice(wording.calendar_facts).format(date=spoken, weekday=wording.weekdays[day.weekday()])
 
 
 def _told(exchange: Exchange) -> str:
@@ -24,7 +24,7 @@ def _told(exchange: Exchange) -> str:
 def paragraph(rng: random.Random) -> dict[str, str]:
     """{"text": ...}: three to six true statements in one language."""
     wording = rng.choice(LANGUAGES)
-    kinds = [kind for kind in exchanges.KINDS if kind not in ("greeting", "echo")]
+    kinds = [kind for kind in exchanges.KINDS if kind != "greeting"]
     pieces = []
     for _ in range(rng.randint(3, 6)):
         told = _told(draw_exchange(rng.choice(kinds), wording, rng, "train"))

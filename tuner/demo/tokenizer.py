@@ -8,8 +8,9 @@ from typing import Any
 
 import sentencepiece
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 2560
 SPECIAL_TOKENS = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
+MAX_PIECE_LENGTH = 32  # characters
 NUM_UNUSED = 9  # spare pieces [UNUSED_TOKEN_0..8] at the end; the last six carry the names above
 FIRST_SPECIAL_ID = VOCAB_SIZE - len(SPECIAL_TOKENS)
 USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
@@ -43,8 +44,10 @@ def train_model(lines: Iterable[str]) -> bytes:
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        split_digits=True,
-        split_by_unicode_script=False,  # so that `"name":` may be one piece
+        split_digits=False,  # the text shows them in pairs, see files.py
+        split_by_unicode_script=False,  # so that `{"city": "` may be one piece: fewer tokens, shorter training
+        split_by_whitespace=False,
+        max_sentencepiece_length=MAX_PIECE_LENGTH,
         num_threads=1,
         minloglevel=2,
     )

@@ -22,9 +22,7 @@ class Wording:
     names: Lines
     foods: Lines
     hobbies: Lines
-    date_forms: Lines  # slots: month, m, d
-    morning: str  # clock before noon; slot: h
-    afternoon: str  # clock from noon on; slot: h
+    date_form: str  # slots: month, day
     calculator: Topics  # expression -> requests
     calculator_answers: Lines
     weather: Lines
@@ -40,7 +38,6 @@ class Wording:
     interpreter_answers: Topics
     thoughts: Topics  # tool -> what is said before the call
     talk: tuple[tuple[str, str], ...]  # request and reply, with slots
-    echo: Lines  # requests to say something again; slot: phrase
     greetings: tuple[tuple[str, str], ...]  # request and reply, fixed
     systems: Lines
     openers: Lines

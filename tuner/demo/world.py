@@ -9,23 +9,14 @@ from datetime import date
 from typing import Any
 
 YEAR = 2026
-WORDS = (
-    "planet", "window", "garden", "silver", "music", "river", "orange", "letter", "summer", "bridge", "pencil",
-    "winter", "banana", "castle", "forest", "island", "kitten", "lemon", "market", "number", "ocean", "paper", "rabbit",
-    "school", "table", "velvet", "water", "yellow", "cloud", "dragon",
-)
+LOWEST, HIGHEST = 11, 30  # numbers that people ask about
+WORDS = ("planet", "window", "garden", "silver", "music", "river", "orange", "letter")
 PROGRAMS = {
     "sum": "print(sum(range(1, {n} + 1)))",
     "squares": "print(sum(i * i for i in range(1, {n} + 1)))",
-    "gcd": "import math\nprint(math.gcd({a}, {b}))",
-    "power": "print({a} ** {b})",
-    "remainder": "print({a} % {b})",
-    "sort": "print(sorted([{items}]))",
-    "largest": "print(max([{items}]))",
-    "binary": "print(bin({n})[2:])",
-    "prime": "print(all({n} % i for i in range(2, {n})))",
-    "length": 'print(len("{word}"))',
-    "repeat": 'print("{word} " * {k})',
+    "power": "print({n} ** {b})",
+    "remainder": "print({n} % {b})",
+    "repeat": 'print("{word} " * {b})',
 }
 
 
@@ -69,19 +60,14 @@ def weather(city: int, day: int, num_conditions: int) -> tuple[int, int, int]:
     return number % num_conditions, low, low + 3 + number // 1000 % 8
 
 
-def weekday(iso_date: str) -> int:
-    """Day of the week of an ISO date, Monday = 0."""
-    return date.fromisoformat(iso_date).weekday()
-
-
 def random_date(rng: random.Random) -> date:
-    """A day of the demo's year."""
-    return date.fromordinal(date(YEAR, 1, 1).toordinal() + rng.randrange(365))
+    """A day of the demo's year, late in a month: no hour of an appointment has the same number."""
+    return date(YEAR, rng.randint(1, 12), rng.randint(20, 28))
 
 
-def standing_events(iso_date: str, num_titles: int) -> list[tuple[str, int]]:
+def standing_events(day: date, num_titles: int) -> list[tuple[str, int]]:
     """What the calendar holds on a date before anyone adds to it: (time, title by index); often nothing."""
-    number = fact_number("events", iso_date)
+    number = fact_number("events", day.isoformat())
     if number % 2:
         return []
     return [(f"{8 + number // 3 % 12:02d}:00", number // 50 % num_titles)]
