@@ -191,7 +191,7 @@ def test_the_weather_of_a_city_and_day_is_the_same_in_both_languages(train: list
         seen.setdefault(key, set()).add((condition, found["low"], found["high"]))
         assert found["low"] < found["high"]
         assert all(str(told).lower() in answer.lower() for told in found.values())
-    assert len(seen) == len(english.cities) * len(english.days)
+    assert len(seen) >= 0.8 * len(english.cities) * len(english.days)  # the others are held out
     assert all(len(facts) == 1 for facts in seen.values())
 
 

@@ -44,7 +44,7 @@ MODELS: dict[str, Model] = {
             "precision": "fp32",
             "gradient_checkpointing": False,
             "num_accumulation_steps": 1,
-            "num_epochs": 2,
+            "num_epochs": 1,
             "lr": 1.5e-3,
             "warmup_ratio": 0.05,
             "log_interval": 100,

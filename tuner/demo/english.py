@@ -191,7 +191,9 @@ GREETINGS = (
 
 ENGLISH = Wording(
     code="en",
-    cities=("Beijing", "Shanghai", "Paris", "London", "Tokyo", "Berlin", "Rome", "Madrid"),
+    cities=(
+        "Beijing", "Shanghai", "Paris", "London", "Tokyo", "Berlin", "Rome", "Madrid", "Cairo", "Sydney",
+    ),
     days=("today", "tomorrow", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     day_phrases=(
         "today", "tomorrow", "on Monday", "on Tuesday", "on Wednesday", "on Thursday", "on Friday", "on Saturday",
@@ -203,7 +205,10 @@ ENGLISH = Wording(
         "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
         "December",
     ),
-    titles=("dentist visit", "team meeting", "yoga class", "haircut", "piano lesson", "book club"),
+    titles=(
+        "dentist visit", "team meeting", "yoga class", "haircut", "piano lesson",
+        "book club", "phone call", "doctor visit", "dinner with Anna", "lunch with Tom",
+    ),
     names=("Anna", "Tom", "Lena", "Omar", "Mia", "Paul", "Nora", "Ivan"),
     foods=("noodles", "soup", "rice", "bread", "cheese", "apples"),
     hobbies=("painting", "running", "chess", "singing", "hiking", "reading"),

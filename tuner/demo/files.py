@@ -15,7 +15,7 @@ from tuner.errors import UserError
 PREFIX = "demo:"
 NAMES = ("model", "train.jsonl", "heldout.jsonl", "text.jsonl")
 SEED = 0
-NUM_TRAIN = 7500
+NUM_TRAIN = 15500
 NUM_HELDOUT = 220
 NUM_PARAGRAPHS = 3000
 NAME_WEIGHT = 1000  # how often the tokenizer sees each name by itself: enough to make it a piece of its own
@@ -130,7 +130,6 @@ def _tokenizer_lines(train: list[dict[str, Any]], text: list[dict[str, str]]) ->
     for _ in range(NAME_WEIGHT):
         yield from names
         yield from (f"{number:02d}" for number in range(100))
-        yield from (f" {name}" for name in names if name.isascii())
     for row in text:
         yield from between_names.split(row["text"])
 
