@@ -130,7 +130,7 @@ def test_a_second_run_neither_tokenises_nor_reads_the_data(tmp_path, make, monke
     path = write_rows(tmp_path / "a.jsonl", [row(n) for n in range(5)])
     first = make(path)
     monkeypatch.setattr(prepare, "Workers", None)
-    monkeypatch.setattr(sources, "_sha256", None)
+    monkeypatch.setattr(sources, "hash_file", None)
     assert make(path).fingerprint == first.fingerprint
 
 

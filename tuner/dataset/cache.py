@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from tuner.errors import UserError
 
+HASHED_AT_A_TIME = 1 << 20  # bytes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,9 +48,9 @@ def _write_and_rename(directory: Path, write: Callable[[Path], None]) -> None:
     temporary.mkdir()
     try:
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         temporary.rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -80,13 +82,22 @@ def _remove_leftovers(parent: Path, *, own: str) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
-    """Force the names in a directory to the disk, so that a rename outlives a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file, or the names in a directory, to the disk, so that a rename outlives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASHED_AT_A_TIME):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _mistake(error: OSError, parent: Path) -> Exception:

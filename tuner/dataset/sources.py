@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tuner.dataset.cache import hash_file
 from tuner.dataset.read import file_kind
 from tuner.demo.files import resolve
 from tuner.errors import UserError
@@ -52,19 +53,11 @@ def content_digest(path: Path, record: dict[str, Any]) -> str:
         return str(record["sha256"])
     record.clear()
     began = time.time()
-    digest = _sha256(path)
+    digest = hash_file(path)
     check_unchanged(path, before)
     if began - max(before.mtime_ns, before.ctime_ns) / 1e9 > SETTLED_SECONDS:
         record.update(stamp=list(before), sha256=digest)
     return digest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_unchanged(path: Path, before: Stamp) -> None:

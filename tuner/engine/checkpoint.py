@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tuner.dataset.cache import hash_file, sync
 from tuner.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STEP_NAME = re.compile(r"step_(\d{8,})$")
-CHUNK = 1 << 20  # bytes read at a time while hashing
 
 
 def checkpoints_directory(work_dir: Path) -> Path:
@@ -162,24 +161,6 @@ def write_text_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def hash_entries(files: dict[str, dict]) -> str:
     """sha256 of the manifest's entries, so that a flipped digit in the manifest itself is found."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Force a file or directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
