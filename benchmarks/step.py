@@ -1,5 +1,6 @@
 """A training step through `tuner train` beside transformers' Trainer and TRL's SFTTrainer on the same packed documents.
 
+The peers train transformers' Llama of the same shape; one line more shows Trainer with tuner's model and attention.
 Each runs in a process of its own with one thread. Counted are the tokens of the timed steps per CPU second of the
 whole process (hooks, logging and data loading included, start-up and the first steps excluded), the peak memory, and
 the share of the machine's fp32 matrix-product rate which the model's FLOPs make up. TRL is skipped where it is not
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +82,24 @@ def load_documents(folder: Path, pack_length: int) -> list[list[Any]]:
     return [[shards.document(index).ids for index in plan.packs[0]] for plan in plans]
 
 
-def build_model(folder: Path, attention: str) -> Any:
-    """The same random model for every peer."""
+def build_model(folder: Path) -> Any:
+    """The native InternLM2, whose attention is tuner's own and so helps a peer that trains it."""
     from tuner.model.build import build_llm
 
-    return build_llm(str(folder / "model"), weights="random", attention=attention, seed=0)
+    return build_llm(str(folder / "model"), weights="random", attention="sdpa", seed=0)
+
+
+def build_llama(folder: Path) -> Any:
+    """transformers' own Llama of the same shape: what the peers would train, since transformers has no InternLM2."""
+    import torch
+    import transformers
+
+    settings = {name: value for name, value in MODEL.items() if name not in ("architectures", "model_type", "bias")}
+    theta = settings.pop("rope_theta")
+    rope = {"rope_type": "default", "rope_theta": theta}
+    config = transformers.LlamaConfig(**settings, rope_parameters=rope, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
 
 
 def as_packed_rows(packs: list[list[Any]]) -> list[dict[str, Any]]:
@@ -124,7 +140,7 @@ def run_tuner(folder: Path, pack_length: int, num_steps: int) -> Clock:
     return [float(line) for line in clock.read_text().splitlines()]
 
 
-def run_trainer(folder: Path, pack_length: int, num_steps: int) -> Clock:
+def run_trainer(folder: Path, pack_length: int, num_steps: int, model: Callable[[Path], Any] = build_llama) -> Clock:
     import transformers
 
     rows = as_packed_rows(load_documents(folder, pack_length)[:num_steps])
@@ -139,7 +155,7 @@ def run_trainer(folder: Path, pack_length: int, num_steps: int) -> Clock:
             clock.append(time.process_time())
 
     arguments = transformers.TrainingArguments(**peer_arguments(folder, num_steps))
-    Peer(build_model(folder, "sdpa"), arguments, train_dataset=rows, callbacks=[Watch()]).train()
+    Peer(model(folder), arguments, train_dataset=rows, callbacks=[Watch()]).train()
     return clock
 
 
@@ -163,7 +179,7 @@ def run_trl(folder: Path, pack_length: int, num_steps: int) -> Clock:
 
     arguments = trl.SFTConfig(padding_free=True, max_length=None, **peer_arguments(folder, num_steps))
     peer = Peer(
-        build_model(folder, "sdpa"),
+        build_llama(folder),
         args=arguments,
         train_dataset=Dataset.from_list([row for pack in packs for row in pack]),
         processing_class=build_tokenizer(str(folder / "model")),
@@ -190,7 +206,12 @@ def peer_arguments(folder: Path, num_steps: int) -> dict[str, Any]:
     }
 
 
-RUNS = {"tuner train": run_tuner, "Trainer, packed positions": run_trainer, "TRL, padding free": run_trl}
+RUNS = {
+    "tuner train": run_tuner,
+    "Trainer, packed positions": run_trainer,
+    "Trainer, tuner's model": partial(run_trainer, model=build_model),
+    "TRL, padding free": run_trl,
+}
 
 
 def tokens_of_steps(folder: Path, pack_length: int, num_steps: int) -> tuple[int, float]:
@@ -199,7 +220,7 @@ def tokens_of_steps(folder: Path, pack_length: int, num_steps: int) -> tuple[int
 
     packs = load_documents(folder, pack_length)[NUM_WARMUP_STEPS:num_steps]
     lengths = [len(document) for pack in packs for document in pack]
-    matmuls = count_matmuls(build_model(folder, "sdpa"))
+    matmuls = count_matmuls(build_model(folder))
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     return tokens, model_flops(matmuls, tokens, squares, tokens - len(lengths))
 

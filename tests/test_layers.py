@@ -16,7 +16,7 @@ LAYERS = [  # top first; modules in one tuple are siblings
     ("model", "dataset"),
     ("demo",),
     ("parallel",),
-    ("constants", "errors"),
+    ("constants", "errors", "nearest"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SEES_MMENGINE = {"train", "config", "configs", "engine"}

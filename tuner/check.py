@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tuner.configs.nearest import did_you_mean, nearest
 from tuner.configs.options import NAMED, parameters
 from tuner.dataset.build import build_shards
 from tuner.dataset.chat_template import CHAT_TEMPLATES
@@ -24,6 +23,7 @@ from tuner.model.attention import BACKENDS
 from tuner.model.build import WEIGHTS, build_llm
 from tuner.model.directory import check_model_directory, check_weights, looks_local
 from tuner.model.tokenizer import build_tokenizer
+from tuner.nearest import did_you_mean, did_you_mean_or_all
 
 logger = logging.getLogger("tuner")
 NEEDED = (
@@ -183,7 +183,8 @@ def unknown_arguments(node: Node) -> list[str]:
         return []
     allowed = [parameter.name for parameter in taken if parameter.kind in NAMED]
     unknown = [name for name in node.values if name not in allowed]
-    return [f"{node.path}: {node.type.__name__} has no argument {name}. {nearest(name, allowed)}" for name in unknown]
+    who = f"{node.path}: {node.type.__name__}"
+    return [f"{who} has no argument {name}.{did_you_mean_or_all(name, allowed)}" for name in unknown]
 
 
 def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
@@ -197,7 +198,7 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
         is_own = name == "data_format" and callable(value)  # a function row -> sample in the format's place
         if name in CHOICES and not is_own and (not isinstance(value, str) or value not in CHOICES[name]):
             allowed = f"allowed is one of {', '.join(CHOICES[name])}."
-            text = f"{path} = {value!r}: {allowed} {did_you_mean(str(value), CHOICES[name])}".rstrip()
+            text = f"{path} = {value!r}: {allowed}{did_you_mean(value, CHOICES[name])}"
             problems.setdefault((name, repr(value)), text)
     return list(problems.values())
 

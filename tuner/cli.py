@@ -190,10 +190,10 @@ def list_cfg(pattern: str) -> None:
 def copy_cfg(preset: str, directory: Path, settings: tuple[tuple[str, str], ...]) -> None:
     """Write PRESET to DIRECTORY/PRESET.py: one self-contained file to read and edit. Never overwrites."""
     from tuner.config import PRESETS, render
-    from tuner.configs.nearest import nearest
+    from tuner.nearest import did_you_mean_or_all
 
     if preset not in PRESETS:
-        raise UserError(f"Unknown preset {preset}. {nearest(preset, PRESETS)}")
+        raise UserError(f"Unknown preset {preset}.{did_you_mean_or_all(preset, PRESETS)}")
     source = render(preset, gather(settings))
     path = directory / f"{preset}.py"
     try:
@@ -246,16 +246,13 @@ def train_command(
 ) -> None:
     """Train a preset or a config file; NAME=VALUE changes a setting, and what is derived from it follows."""
     refuse_unimplemented(deepspeed, launcher)
-    from tuner.config import add_options, loads, render
+    from tuner.config import add_options, render
 
     values = gather([*settings, *([("seed", str(seed))] if seed is not None else [])])
     source = add_options(render(config, values), gather(cfg_options), config)
-    loaded = loads(source, config)
-    from tuner.check import check  # torch and transformers: a misspelt setting has been reported by now
-    from tuner.train import train
+    from tuner.train import train  # brings torch and transformers: a misspelt setting has been reported by now
 
-    check(loaded)
-    train(source, work_dir=work_dir or Path("work_dirs") / Path(config).stem, resume=resume)
+    train(source, work_dir=work_dir or Path("work_dirs") / Path(config).stem, resume=resume, name=config)
 
 
 def refuse_unimplemented(deepspeed: str | None, launcher: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from tuner.configs import literals
 from tuner.configs.models import MODELS, Model
-from tuner.configs.nearest import nearest
 from tuner.configs.options import find
 from tuner.errors import UserError
+from tuner.nearest import did_you_mean_or_all
 
 RECIPE_DIR = Path(__file__).parent / "configs" / "recipes"
 RECIPES = {path.stem: path for path in sorted(RECIPE_DIR.glob("*.py"))}
@@ -85,11 +85,11 @@ def read_source(name_or_path: str | Path) -> str:
     if path.is_dir():
         raise UserError(f"{name} is a directory; give a config file in it, such as {path / 'config.py'}.")
     if path.suffix != ".py":
-        raise UserError(f"Unknown preset {name}. {nearest(name, PRESETS)} A config file ends in .py.")
+        raise UserError(f"Unknown preset {name}.{did_you_mean_or_all(name, PRESETS)} A config file ends in .py.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise UserError(f"There is no config file {name}. {nearest_file(path)}".rstrip()) from error
+        raise UserError(f"There is no config file {name}.{nearest_file(path)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
     except OSError as error:
@@ -99,7 +99,7 @@ def read_source(name_or_path: str | Path) -> str:
 def nearest_file(path: Path) -> str:
     """The files beside a missing one that are named like it."""
     beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-    return nearest(str(path), beside) if beside else "`tuner copy-cfg PRESET DIR` writes one to begin with."
+    return did_you_mean_or_all(path, beside) if beside else " `tuner copy-cfg PRESET DIR` writes one to begin with."
 
 
 def render(name_or_path: str | Path, settings: Mapping[str, object]) -> str:

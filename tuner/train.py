@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuner.check import check
-from tuner.config import load
+from tuner.config import loads
 from tuner.configs import literals
 from tuner.engine.assemble import Assembly
 from tuner.engine.checkpoint import write_text_atomically
@@ -19,24 +19,25 @@ from tuner.engine.work_dir import choose_checkpoint, locked, write_config
 from tuner.errors import UserError
 
 
-def train(source: str, *, work_dir: Path, resume: str | None = None) -> Path:
+def train(source: str, *, work_dir: Path, resume: str | None = None, name: str = "config.py") -> Path:
     """Train what the config says; returns the work dir.
 
     Args:
         source: the text of a config with all settings filled in.
         work_dir: gets config.py, ledger.json, metrics.jsonl, tensorboard/, curves.png, samples.jsonl, checkpoints/.
         resume: None begins, "auto" goes on from the newest checkpoint of `work_dir`, a path from that one.
+        name: what error messages call the config.
 
     Raises:
         UserError: whatever the user can mend, before the first step where it can be known by then.
     """
+    config = loads(source, name)
+    check(config)
+    settings = {key: setting.value for key, setting in literals.settings(source, name).items()}
     work_dir = work_dir.resolve()
     with locked(work_dir):
         checkpoint = choose_checkpoint(work_dir, resume)
-        path = write_config(work_dir, source, checkpoint is not None)
-        config = load(path)
-        check(config)
-        settings = {name: setting.value for name, setting in literals.settings(source, str(path)).items()}
+        write_config(work_dir, source, checkpoint is not None)
         build_runner(config, source, settings, work_dir=work_dir, checkpoint=checkpoint).train()
     return work_dir
 

@@ -253,7 +253,7 @@ def test_paths_that_lead_nowhere_are_named_with_a_remedy(tmp_path, make):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "folder").mkdir()
     cases = {
-        "trian.jsonl": r"no data file .*trian.jsonl. Near it: train.jsonl",
+        "trian.jsonl": r"no data file .*trian.jsonl. Did you mean train.jsonl",
         "nowhere/a.jsonl": "no directory .*nowhere",
         "empty.jsonl": "is empty",
         "folder": r"is a directory. Name its files",

@@ -166,6 +166,13 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_before_training(source
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_config_that_fails_its_check_leaves_no_work_dir(source, tmp_path):
+    wrong = re.sub(r"(?m)^lr = [^ ]+", "lr = -1", source)
+    with pytest.raises(UserError, match="lr = -1: allowed is a number above 0"):
+        train(wrong, work_dir=tmp_path / "run", name="mine.py")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_embedding_larger_than_the_tokenizer_is_fine():
     class Tokenizer:
         def get_vocab(self):

@@ -228,7 +228,7 @@ def test_a_pickle_is_never_opened(model_directory: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("{0}/internlm2-tinny", r"no model directory.*Did you mean '.*internlm2-tiny'"),
+        ("{0}/internlm2-tinny", r"no model directory.*Did you mean .*internlm2-tiny"),
         ("{0}/elsewhere/internlm2-tiny", r"no model directory.*Of its path, '.*' exists"),
         ("./no/such/model", "no model directory './no/such/model'"),
         ("{0}/internlm2-tiny/config.json", "is a file. Give the directory"),
@@ -248,7 +248,7 @@ def test_a_name_beside_the_working_directory_is_suggested(
     model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model_directory.parent)
-    with pytest.raises(UserError, match="Did you mean 'internlm2-tiny'"):
+    with pytest.raises(UserError, match="Did you mean internlm2-tiny"):
         build_llm("internlm2-tinny")
     assert isinstance(build_llm("internlm2-tiny", weights="random"), InternLM2ForCausalLM)
 

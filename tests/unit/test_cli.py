@@ -30,7 +30,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple, dict]]:
         monkeypatch.setitem(sys.modules, module, fake)
 
     stand_in("tuner.train", "train")
-    stand_in("tuner.check", "check")
     stand_in("tuner.chat", "chat")
     stand_in("tuner.convert.to_hf", "convert")
     return made
@@ -112,8 +111,7 @@ def test_train_hands_over_the_resolved_text(calls: list, tmp_path: Path):
     assert run(arguments) == 0
     source, kwargs = trained(calls)
     assert source == render(PRESET, {"lr": 1e-5, "seed": 3, "max_steps": 7})
-    assert kwargs == {"work_dir": tmp_path, "resume": None}
-    assert [name for name, _, _ in calls] == ["check", "train"]
+    assert kwargs == {"work_dir": tmp_path, "resume": None, "name": PRESET}
 
 
 def test_train_takes_a_file_and_names_the_work_dir_after_it(calls: list, tmp_path: Path):

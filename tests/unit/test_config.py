@@ -8,8 +8,8 @@ import pytest
 from tuner.config import OPTIONS_HEADING, PRESETS, add_options, list_presets, load, loads, read_source, render
 from tuner.configs import literals
 from tuner.configs.models import MODELS
-from tuner.configs.nearest import nearest
 from tuner.errors import UserError
+from tuner.nearest import did_you_mean_or_all
 
 SOURCE = '''"""测试：一个配方。"""
 
@@ -245,8 +245,8 @@ def test_every_literal_of_a_rendered_preset_is_what_the_row_says():
 
 
 def test_names_that_resemble_nothing_get_the_whole_list():
-    assert nearest("zzz", ["lr", "seed"]) == "Allowed: lr, seed."
-    assert nearest("sed", ["lr", "seed"]) == "Did you mean seed?"
+    assert did_you_mean_or_all("zzz", ["lr", "seed"]) == " Allowed: lr, seed."
+    assert did_you_mean_or_all("sed", ["lr", "seed"]) == " Did you mean seed?"
 
 
 def test_the_resolved_text_resolves_to_itself(tmp_path: Path):

@@ -42,7 +42,7 @@ def test_equal_nodes_without_a_name_stay_two_objects():
 
 
 def test_an_unknown_argument_is_named_with_near_ones_before_anything_is_built():
-    with pytest.raises(UserError, match=r"Part has no argument 'sise'. Near names: size"):
+    with pytest.raises(UserError, match=r"Part has no argument 'sise'. Did you mean size"):
         assemble({"type": Part, "sise": {"type": Part, "size": 1}})
     assert Part.built == 0
 

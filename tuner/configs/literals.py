@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tuner.configs.nearest import nearest
 from tuner.errors import UserError
+from tuner.nearest import did_you_mean_or_all
 
 KINDS: dict[str, type] = {
     "bool": bool,
@@ -187,4 +187,4 @@ def explain_unknown(name: str, source: str, filename: str, known: Mapping[str, S
         return f"{name} is assigned {assigned.count(name)} times in {filename}: which one is meant? Edit the file."
     if name in assigned:
         return f"{name} is computed in {filename} and follows the settings. Set one of: {', '.join(known)}."
-    return f"Unknown setting {name} in {filename}. {nearest(name, known)}"
+    return f"Unknown setting {name} in {filename}.{did_you_mean_or_all(name, known)}"

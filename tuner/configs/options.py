@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tuner.configs.literals import Setting, fit, write
-from tuner.configs.nearest import nearest
 from tuner.errors import UserError
+from tuner.nearest import did_you_mean_or_all
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -38,7 +38,7 @@ def find(config: Any, path: str) -> Target:
     """Keys of dicts, numbers in lists, and arguments that a `type` accepts; anything else is a UserError."""
     first, *rest = path.split(".")
     if first not in config:
-        raise UserError(f"Unknown option {path}: the config has no {first}. {nearest(first, config)}")
+        raise UserError(f"Unknown option {path}: the config has no {first}.{did_you_mean_or_all(first, config)}")
     target = Target(path, first, config, first)
     for name in rest:
         target = descend(target, name)
@@ -56,7 +56,7 @@ def descend(target: Target, name: str) -> Target:
     elif isinstance(node, Mapping):
         allowed = {*node, *arguments(node)}
         if name not in allowed:
-            raise UserError(f"{where}: {target.expression} has no {name}. {nearest(name, allowed)}")
+            raise UserError(f"{where}: {target.expression} has no {name}.{did_you_mean_or_all(name, allowed)}")
     else:
         raise UserError(f"{where}: {target.expression} is a {type(node).__name__}, with nothing below it.")
     return Target(target.path, f"{target.expression}[{write(key)}]", node, key)

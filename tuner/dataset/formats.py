@@ -13,9 +13,9 @@ from tuner.dataset.messages import (
     function_body,
     is_interpreter,
     match_results,
-    nearest,
     results_after,
 )
+from tuner.nearest import nearest
 
 __all__ = ["FORMATS", "RowError", "alpaca", "openai", "text"]
 

@@ -1,11 +1,11 @@
 """The one internal form of a conversation: its words, its tool calls, and the mistakes a row can hold."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuner.errors import UserError
+from tuner.nearest import nearest
 
 Message = dict[str, Any]
 Sample = Mapping[str, Any]
@@ -15,12 +15,6 @@ ROLES = ("system", "user", "assistant", "tool")
 
 class RowError(UserError):
     """A row that cannot become a sample; says what is expected and what came. Who reads the file adds file and line."""
-
-
-def nearest(word: object, allowed: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """' Nearest: x.' for a misspelt word, '' where nothing is near."""
-    close = get_close_matches(str(word), list(allowed), n=1, cutoff=cutoff)
-    return f" Nearest: {close[0]!r}." if close else ""
 
 
 def dump(value: object) -> str:

@@ -18,7 +18,6 @@ from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG, EncodedChunk, RowEncod
 from tuner.dataset.fingerprint import callable_digest, changes, code_digest, digest
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.ledger import Ledger
-from tuner.dataset.messages import nearest
 from tuner.dataset.read import Chunk, file_kind, read_chunks
 from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
 from tuner.dataset.sources import (
@@ -35,6 +34,7 @@ from tuner.dataset.tokenize import Encoder
 from tuner.dataset.workers import Workers, num_cores
 from tuner.demo.files import cache_root
 from tuner.errors import UserError
+from tuner.nearest import nearest
 
 SMALL_BYTES = 4 << 20  # tokenised sooner than worker processes have started
 Format = Callable[[dict[str, Any]], dict[str, Any]]

@@ -1,6 +1,5 @@
 """The data files a user names, and digests of their content that are not taken twice."""
 
-import difflib
 import glob
 import hashlib
 import json
@@ -13,6 +12,7 @@ from tuner.dataset.cache import hash_file
 from tuner.dataset.read import file_kind
 from tuner.demo.files import resolve
 from tuner.errors import UserError
+from tuner.nearest import did_you_mean
 
 SETTLED_SECONDS = 2.0  # a file younger than this may change again without a new time stamp
 
@@ -111,8 +111,6 @@ def _check(file: Path) -> None:
 
 
 def _nearest(file: Path) -> str:
-    names = os.listdir(file.parent) if file.parent.is_dir() else []
-    near = difflib.get_close_matches(file.name, names, n=3)
-    if near:
-        return f" Near it: {', '.join(near)}."
-    return "" if names else f" There is no directory {file.parent} either."
+    if not file.parent.is_dir():
+        return f" There is no directory {file.parent} either."
+    return did_you_mean(file.name, os.listdir(file.parent))

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from tuner.dataset.messages import nearest
 from tuner.errors import UserError
+from tuner.nearest import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

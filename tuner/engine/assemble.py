@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from tuner.errors import UserError
+from tuner.nearest import did_you_mean_or_all
 
 Node = Any
 
@@ -79,8 +79,7 @@ def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any]) ->
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     for name in arguments:
         if name not in known and not takes_any:
-            near = get_close_matches(name, known, n=3) or known
-            raise UserError(f"{target.__qualname__} has no argument {name!r}. Near names: {', '.join(near)}.")
+            raise UserError(f"{target.__qualname__} has no argument {name!r}.{did_you_mean_or_all(name, known)}")
     missing = [name for name in known if name not in arguments and is_required(signature.parameters[name])]
     if missing:
         raise UserError(f"{target.__qualname__} needs {', '.join(missing)}. Add it to its dict in the config.")

@@ -82,7 +82,7 @@ def choose_checkpoint(work_dir: Path, resume: str | None) -> Path | None:
     return chosen
 
 
-def write_config(work_dir: Path, source: str, is_resumed: bool) -> Path:
+def write_config(work_dir: Path, source: str, is_resumed: bool) -> None:
     """Write the config of the run as its author wrote it, with the settings filled in.
 
     Raises:
@@ -93,4 +93,3 @@ def write_config(work_dir: Path, source: str, is_resumed: bool) -> Path:
     if path.exists() and not is_used and path.read_text(encoding="utf-8") != source:
         raise UserError(f"{path} exists and is another config; it was left as it is. Choose another --work-dir.")
     write_text_atomically(path, source)
-    return path

@@ -1,6 +1,5 @@
 """From a path to a language model: any causal LM of transformers, in fp32, with our attention, never remote code."""
 
-import difflib
 import os
 import socket
 import urllib.request
@@ -25,8 +24,9 @@ from transformers import (
 from tuner.demo.files import resolve
 from tuner.errors import UserError
 from tuner.model.attention import BACKENDS, attention_name, resolve_backend
-from tuner.model.directory import check_model_directory, check_weights, looks_local, nearest
+from tuner.model.directory import check_model_directory, check_weights, looks_local, nearest_directory
 from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.nearest import did_you_mean
 
 WEIGHTS = ("pretrained", "random")
 
@@ -107,10 +107,9 @@ def _check_model_type(path: str, raw: dict[str, Any]) -> None:
     if model_type is None:
         raise UserError('it has no "model_type", by which the network is chosen. Take the file of the original model.')
     if model_type not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
-        hint = f" Known names that resemble it: {', '.join(close)}." if close else ""
+        near = did_you_mean(model_type, CONFIG_MAPPING.keys())
         remote = " The code that comes with the model is never run." if "auto_map" in raw else ""
-        raise UserError(f"this transformers has no model type {model_type!r}.{hint}{remote} A newer one may have it.")
+        raise UserError(f"this transformers has no model type {model_type!r}.{near}{remote} A newer one may have it.")
 
 
 def _is_first_revision(raw: dict[str, Any]) -> bool:
@@ -142,7 +141,7 @@ def _unreadable(path: str, error: OSError) -> str:
         return f"The config.json of {path!r} cannot be read: {error}"
     return (
         f"{path!r} is no directory here, and the hub did not give it ({str(error).splitlines()[0]}). Check the name "
-        f"and the network, or download the model elsewhere and give its directory.{nearest(Path(path))}"
+        f"and the network, or download the model elsewhere and give its directory.{nearest_directory(Path(path))}"
     )
 
 

@@ -1,10 +1,10 @@
 """Model directories: what one must hold before anything is loaded, and what to do where it does not."""
 
-import difflib
 import json
 from pathlib import Path
 
 from tuner.errors import UserError
+from tuner.nearest import did_you_mean
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -29,7 +29,7 @@ def check_model_directory(path: str) -> None:
     """
     place = Path(path)
     if not place.exists():
-        raise UserError(f"There is no model directory {path!r}.{nearest(place)}")
+        raise UserError(f"There is no model directory {path!r}.{nearest_directory(place)}")
     if not place.is_dir():
         raise UserError(f"{path!r} is a file. Give the directory that holds {CONFIG} and the weights.")
     if (place / ADAPTER).exists():
@@ -65,15 +65,13 @@ def check_weights(path: str) -> None:
             raise UserError(f"{str(place / name)!r} is a git-lfs pointer, not weights. Run `git lfs pull` in {path!r}.")
 
 
-def nearest(missing: Path) -> str:
+def nearest_directory(missing: Path) -> str:
     """A sentence with the names beside `missing` that resemble it, or which part of the path exists; may be empty."""
     parent = missing.parent
     if not parent.is_dir():
         existing = next((above for above in parent.parents if above.is_dir()), None)
         return f" Of its path, {str(existing)!r} exists." if existing not in (None, Path("."), Path("/")) else ""
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    close = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(str(parent / name)) for name in close)}?" if close else ""
+    return did_you_mean(missing, (entry for entry in parent.iterdir() if entry.is_dir()))
 
 
 def _shards(place: Path) -> list[str]:
