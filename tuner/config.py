@@ -12,7 +12,7 @@ from tuner.configs import literals
 from tuner.configs.models import MODELS, Model
 from tuner.configs.options import find
 from tuner.errors import UserError
-from tuner.nearest import did_you_mean_or_all
+from tuner.nearest import did_you_mean, did_you_mean_or_all
 
 RECIPE_DIR = Path(__file__).parent / "configs" / "recipes"
 RECIPES = {path.stem: path for path in sorted(RECIPE_DIR.glob("*.py"))}
@@ -99,7 +99,9 @@ def read_source(name_or_path: str | Path) -> str:
 def nearest_file(path: Path) -> str:
     """The files beside a missing one that are named like it."""
     beside = [str(other) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-    return did_you_mean_or_all(path, beside) if beside else " `tuner copy-cfg PRESET DIR` writes one to begin with."
+    if beside:
+        return did_you_mean(path, beside) or f" Beside it: {', '.join(sorted(beside))}."
+    return " `tuner copy-cfg PRESET DIR` writes one to begin with."
 
 
 def render(name_or_path: str | Path, settings: Mapping[str, object]) -> str:

@@ -24,7 +24,6 @@ MODEL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "bias": True,
-    "tie_word_embeddings": False,
     "rope_scaling": {"type": "dynamic", "factor": 2.0},
     "torch_dtype": "float32",
     "auto_map": {
@@ -34,13 +33,13 @@ MODEL = {
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def run(request, tmp_path_factory):
     """A work dir after two steps, from a model directory with the published remote code beside it."""
     folder = tmp_path_factory.mktemp("run")
     model = write_directory(folder / "model")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, **MODEL}))
+    (model / "config.json").write_text(json.dumps({**config, **MODEL, "tie_word_embeddings": request.param}))
     names = {reference.split(".")[0] for reference in MODEL["auto_map"].values()}
     for name in names:
         (model / f"{name}.py").write_text("raise SystemExit('remote code ran')\n")

@@ -54,8 +54,9 @@ def _directory(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=TOKENIZER_FILES))
     except (OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
         raise UserError(
-            f"There is no directory {path}, and the hub gave no model of that name ({error}). Give the directory of a "
+            f"There is no directory {path}, and the hub gave no model of that name ({first_line}). Give the directory of a "
             "model, or download it first: hf download NAME --local-dir DIRECTORY"
         ) from error
 
