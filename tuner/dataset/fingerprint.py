@@ -31,7 +31,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 @cache
 def code_digest() -> str:
     """Hash of the modules that turn rows into tokens: another version of them makes other shards."""
-    modules = sorted(Path(__file__).parent.glob("*.py"))
+    modules = sorted(Path(__file__).parent.rglob("*.py"))
     sources = [file.read_bytes() for file in modules if file.stem not in AFTER_SHARDS]
     return hashlib.sha256(b"\0".join(sources)).hexdigest()
 

@@ -1,10 +1,11 @@
-"""Rows of the file formats that people have, to samples: checked, with an error that says what is expected."""
+"""OpenAI messages: the form that all other conversations are brought to and checked in."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from tuner.dataset.formats.fields import Row, field, require
 from tuner.dataset.messages import (
     ROLES,
     Message,
@@ -16,10 +17,6 @@ from tuner.dataset.messages import (
     results_after,
 )
 from tuner.nearest import nearest
-
-__all__ = ["FORMATS", "RowError", "alpaca", "openai", "text"]
-
-Row = Mapping[str, Any]
 
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "loss", "weight")
 # Which role may follow which; "calls" is an assistant turn that calls tools, "nothing" the beginning.
@@ -34,65 +31,19 @@ NEXT_ROLES = {
 }
 
 
-def _require(holds: bool, what: str, got: object) -> None:
-    """Raise "Expected {what}, got {got}." unless it holds; the value is written out only then, for it may be long."""
-    if not holds:
-        written = repr(got)
-        raise RowError(f"Expected {what}, got {type(got).__name__} {written[:80]}{'...' if len(written) > 80 else ''}.")
-
-
-def _field(row: Row, key: str, kind: type, where: str = "the row") -> Any:
-    if key not in row:
-        keys = sorted(map(str, row))
-        raise RowError(f"Expected {key!r} in {where}, which has {keys}.{nearest(key, keys)}")
-    value = row[key]
-    _require(isinstance(value, kind), f"{key!r} of {where} to be a {kind.__name__}", value)
-    return value
-
-
-def text(row: Row) -> dict[str, Any]:
-    """{"text": ...}: one document of plain text, trained from its first token to its end mark."""
-    document = _field(row, "text", str)
-    _require(document != "", "some text", document)
-    return {"text": document}
-
-
-def alpaca(row: Row) -> dict[str, Any]:
-    """{"instruction", "input"?, "output" or "response", "system"?, "history"?: [[question, answer], ...]}."""
-    question = _field(row, "instruction", str)
-    more = row.get("input") or ""
-    _require(isinstance(more, str), "'input' to be a str", more)
-    question = f"{question}\n{more}" if more and question else question + more
-    _require(question != "", "'instruction' or 'input' to ask something", question)
-    given = [key for key in ("output", "response") if row.get(key) is not None]
-    _require(len(given) == 1, "either 'output' or 'response' in the row", sorted(map(str, row)))
-    answer = _field(row, given[0], str)
-    _require(answer != "", f"{given[0]!r} to hold the answer to train on", answer)
-    messages: list[Message] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": _field(row, "system", str)})
-    history = row.get("history") or []
-    _require(isinstance(history, list), "'history' to be a list of pairs", history)
-    for pair in history:
-        whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
-        _require(whole and pair[1] != "", "each entry of 'history' to be [question, answer]", pair)
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return {"messages": [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
 def openai(row: Row) -> dict[str, Any]:
     """{"messages": [...], "tools"?: [...]} as in OpenAI's fine-tuning files, with `loss` or `weight` per message.
 
     `weight: 0` and `loss: false` leave an assistant turn out of the loss. Arguments may be a JSON string or an object.
     """
-    given = _field(row, "messages", list)
+    given = field(row, "messages", list)
     tools = _tools(row.get("tools"))
     messages = [_message(message, f"message {place}") for place, message in enumerate(given)]
     _check_order(messages)
     _check_calls(messages, tools)
     trained = any(message["role"] == "assistant" and message.get("loss", True) for message in messages)
     roles = [message["role"] for message in messages]
-    _require(trained, "an assistant turn to train on (one whose loss is not false)", roles)
+    require(trained, "an assistant turn to train on (one whose loss is not false)", roles)
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 
 
@@ -102,21 +53,21 @@ def _tools(tools: Any) -> list[Mapping[str, Any]]:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise RowError(f"Expected 'tools' to be a list or its JSON, got text that is not JSON ({error}).") from None
-    _require(isinstance(tools, list | None), "'tools' to be a list", tools)
+    require(isinstance(tools, list | None), "'tools' to be a list", tools)
     for place, tool in enumerate(tools or []):
         where = f"tool {place}"
-        _require(isinstance(tool, dict), f"{where} to be an object", tool)
+        require(isinstance(tool, dict), f"{where} to be an object", tool)
         if not is_interpreter(tool):
             body = function_body(tool)
-            _require(isinstance(body, dict), f"the function of {where} to be an object", body)
-            _field(body, "name", str, where)
+            require(isinstance(body, dict), f"the function of {where} to be an object", body)
+            field(body, "name", str, where)
     return tools or []
 
 
 def _message(message: Any, where: str) -> Message:
     """One message with text for content, arguments as dicts, and the keys that the internal form knows."""
-    _require(isinstance(message, dict), f"{where} to be an object", message)
-    role = _field(message, "role", str, where)
+    require(isinstance(message, dict), f"{where} to be an object", message)
+    role = field(message, "role", str, where)
     if role not in ROLES:
         raise RowError(f"Expected the role of {where} to be one of {ROLES}, got {role!r}.{nearest(role, ROLES)}")
     for key in message:  # a misspelt key would lose what it holds without a word
@@ -127,8 +78,8 @@ def _message(message: Any, where: str) -> Message:
         clean["tool_calls"] = _calls(message, where)
     loss = message.get("loss", message.get("weight"))
     if loss is not None:
-        _require(loss in (0, 1), f"the loss of {where} to be true or false", loss)
-        _require(role == "assistant" or not loss, f"a loss in assistant turns only, {where} to have none", role)
+        require(loss in (0, 1), f"the loss of {where} to be true or false", loss)
+        require(role == "assistant" or not loss, f"a loss in assistant turns only, {where} to have none", role)
         clean["loss"] = bool(loss)
     return clean | _labels(message, where)
 
@@ -136,11 +87,11 @@ def _message(message: Any, where: str) -> Message:
 def _labels(message: Message, where: str) -> Message:
     labels: Message = {}
     if message.get("name") is not None:
-        name = _field(message, "name", str, where)
-        _require(name.isprintable() and name != "", f"the name of {where} to be one line", name)
+        name = field(message, "name", str, where)
+        require(name.isprintable() and name != "", f"the name of {where} to be one line", name)
         labels["name"] = name
     if message.get("tool_call_id") is not None:
-        _require(message["role"] == "tool", f"a tool_call_id in tool turns only, {where} to have none", message["role"])
+        require(message["role"] == "tool", f"a tool_call_id in tool turns only, {where} to have none", message["role"])
         labels["tool_call_id"] = str(message["tool_call_id"])
     return labels
 
@@ -165,33 +116,33 @@ def _content(message: Message, where: str) -> str:
         raise RowError(f"Expected 'content' in {where}, which has {sorted(message)}.{nearest('content', message)}")
     if isinstance(content, list):
         whole = all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
-        _require(whole, f"the parts of {where} to be of type text", content)
+        require(whole, f"the parts of {where} to be of type text", content)
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise RowError(f"Expected the content of {where} to be text, got {type(content).__name__}.")
     said = content != "" or message["role"] != "assistant" or bool(calls)
-    _require(said, f"content or tool_calls in {where}, an assistant turn", content)
+    require(said, f"content or tool_calls in {where}, an assistant turn", content)
     return content
 
 
 def _calls(message: Message, where: str) -> list[Mapping[str, Any]]:
-    calls = _field(message, "tool_calls", list, where)
+    calls = field(message, "tool_calls", list, where)
     role = message["role"]
-    _require(role == "assistant", f"tool_calls in assistant turns only, {where} to have none", role)
+    require(role == "assistant", f"tool_calls in assistant turns only, {where} to have none", role)
     clean = []
     for place, call in enumerate(calls):
         what = f"call {place} of {where}"
-        _require(isinstance(call, dict), f"{what} to be an object", call)
+        require(isinstance(call, dict), f"{what} to be an object", call)
         if is_interpreter(call):
-            _field(_field(call, "code_interpreter", dict, what), "input", str, what)
+            field(field(call, "code_interpreter", dict, what), "input", str, what)
             clean.append(call)
             continue
-        function = _field(call, "function", dict, what)
-        _field(function, "name", str, what)
-        _field(function, "arguments", object, what)
+        function = field(call, "function", dict, what)
+        field(function, "name", str, what)
+        field(function, "arguments", object, what)
         clean.append({**call, "function": {**function, "arguments": call_arguments(call)}})
     labels = [str(call["id"]) for call in clean if call.get("id") is not None]
-    _require(len(set(labels)) == len(labels), f"the calls of {where} to differ in id", labels)
+    require(len(set(labels)) == len(labels), f"the calls of {where} to differ in id", labels)
     return clean
 
 
@@ -228,6 +179,3 @@ def _check_calls(messages: list[Message], tools: list[Mapping[str, Any]]) -> Non
             raise RowError(
                 f"Expected a result for each call of message {place}, {unanswered} of {len(calls)} have none."
             )
-
-
-FORMATS: dict[str, Callable[[Row], dict[str, Any]]] = {"openai": openai, "alpaca": alpaca, "text": text}

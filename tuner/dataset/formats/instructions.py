@@ -1,0 +1,29 @@
+"""One instruction and its answer in a row, with what was said before."""
+
+from typing import Any
+
+from tuner.dataset.formats.fields import Row, field, require
+from tuner.dataset.messages import Message
+
+
+def alpaca(row: Row) -> dict[str, Any]:
+    """{"instruction", "input"?, "output" or "response", "system"?, "history"?: [[question, answer], ...]}."""
+    question = field(row, "instruction", str)
+    more = row.get("input") or ""
+    require(isinstance(more, str), "'input' to be a str", more)
+    question = f"{question}\n{more}" if more and question else question + more
+    require(question != "", "'instruction' or 'input' to ask something", question)
+    given = [key for key in ("output", "response") if row.get(key) is not None]
+    require(len(given) == 1, "either 'output' or 'response' in the row", sorted(map(str, row)))
+    answer = field(row, given[0], str)
+    require(answer != "", f"{given[0]!r} to hold the answer to train on", answer)
+    messages: list[Message] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": field(row, "system", str)})
+    history = row.get("history") or []
+    require(isinstance(history, list), "'history' to be a list of pairs", history)
+    for pair in history:
+        whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        require(whole and pair[1] != "", "each entry of 'history' to be [question, answer]", pair)
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return {"messages": [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
