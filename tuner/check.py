@@ -30,6 +30,9 @@ NEEDED = (
     *("seed", "tokenizer", "train_dataloader", "model", "optim_wrapper"),
     *("param_scheduler", "strategy", "train_cfg", "custom_hooks"),
 )
+DATA_PARTS = ("tokenizer", "train_dataloader")
+"""parts of a config that say all about its data; `check(config, DATA_PARTS)` needs no model, nor its weights"""
+Names = Collection[str] | None
 
 
 class Rule(NamedTuple):
@@ -108,15 +111,16 @@ CHOICES: dict[str, Collection[str]] = {
 OTHER_NAMES = {"max_norm": "max_grad_norm"}  # of a setting, where it arrives in the assembly
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Mapping[str, Any], only: Names = None) -> None:
     """Raise one UserError that names every mistake in the config; log what works but is odd.
 
     Looks at values, data files and model directories, and imports the types; opens no weights and builds nothing.
+    With `only`, the parts of the config that have no such name are not even imported.
     """
     problems: list[str] = []
-    parts = dict(readable(config, problems))
+    parts = dict(readable(config, problems, only))
     nodes = list(find_nodes(parts, "", problems))
-    problems += missing_parts(parts)
+    problems += [text for name, text in missing_parts(parts).items() if only is None or name in only]
     for node in nodes:
         problems += unknown_arguments(node)
     values = [(name, parts[name]) for name in parts if not isinstance(parts[name], Mapping)]
@@ -152,9 +156,9 @@ def find_nodes(value: Any, path: str, problems: list[str]) -> Iterator[Node]:
         yield from find_nodes(part, f"{path}.{key}".lstrip("."), problems)
 
 
-def readable(node: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, Any]]:
+def readable(node: Mapping[str, Any], problems: list[str], only: Names = None) -> Iterator[tuple[str, Any]]:
     """The entries of a dict; looking at one may import a type, and what goes wrong then names file and line."""
-    for key in node:
+    for key in [name for name in node if only is None or name in only]:
         try:
             yield key, node[key]
         except ImportError as error:
@@ -167,9 +171,10 @@ def is_known(node: Node) -> bool:
     return node.type is None or (module is not None and module.__name__.partition(".")[0] in ("tuner", "torch"))
 
 
-def missing_parts(parts: Mapping[str, Any]) -> list[str]:
-    """Top-level parts that training reads and the config lacks."""
-    return [f"The config has no {name}. A recipe shows it: tuner copy-cfg." for name in NEEDED if name not in parts]
+def missing_parts(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Top-level parts that training reads and the config lacks, and what to say of each."""
+    lacks = [name for name in NEEDED if name not in parts]
+    return {name: f"The config has no {name}. A recipe shows it: tuner copy-cfg." for name in lacks}
 
 
 def unknown_arguments(node: Node) -> list[str]:
@@ -224,7 +229,9 @@ def wrong_models(nodes: list[Node]) -> list[str]:
         path = os.path.expanduser(path)
         if not Path(path).exists() and not looks_local(path):
             continue
-        found = complaints(check_model_directory, [path])
+        found = []
+        if node.type is build_llm or not Path(path).is_dir():  # a tokenizer may lie in a directory alone
+            found = complaints(check_model_directory, [path])
         if not found and node.type is build_llm:
             pretrained = node.values.get("weights", WEIGHTS[0]) == WEIGHTS[0]
             found = complaints(check_weights, [path]) if pretrained else []

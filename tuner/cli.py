@@ -119,6 +119,20 @@ class TrainCommand(click.Command):
             raise click.UsageError(f"{error.format_message()} Settings have no dashes: lr=1e-5.", ctx) from error
 
 
+def config_arguments(command: F) -> F:
+    """`CONFIG|PRESET [NAME=VALUE]... [--cfg-options ...]`, for every command that reads a config as `train` does."""
+    options = click.option(
+        "--cfg-options",
+        multiple=True,
+        type=SettingType(),
+        metavar="A.B=VALUE ...",
+        help="Change parts of the assembly by their dotted path; several may follow.",
+    )
+    settings = click.argument("settings", nargs=-1, type=SettingType(), metavar="[NAME=VALUE]...")
+    config = click.argument("config", type=ConfigType(files=True), metavar="CONFIG|PRESET")
+    return config(settings(options(command)))
+
+
 def repeat_cfg_options(arguments: Sequence[str]) -> list[str]:
     """`--cfg-options a=1 b=2` -> `--cfg-options=a=1 --cfg-options=b=2`."""
     result: list[str] = []
@@ -209,15 +223,7 @@ def copy_cfg(preset: str, directory: Path, settings: tuple[tuple[str, str], ...]
 
 
 @cli.command("train", cls=TrainCommand)
-@click.argument("config", type=ConfigType(files=True), metavar="CONFIG|PRESET")
-@click.argument("settings", nargs=-1, type=SettingType(), metavar="[NAME=VALUE]...")
-@click.option(
-    "--cfg-options",
-    multiple=True,
-    type=SettingType(),
-    metavar="A.B=VALUE ...",
-    help="Change parts of the assembly by their dotted path; several may follow.",
-)
+@config_arguments
 @click.option(
     "--work-dir",
     type=click.Path(path_type=Path, file_okay=False),
