@@ -32,7 +32,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.15"],
+        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15"],
     },
     entry_points={"console_scripts": ["tuner = tuner.cli:main"]},
 )

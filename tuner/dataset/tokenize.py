@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tuner.dataset.chat_template import Segment
+from tuner.dataset.plain_tokenizer import PlainTokenizer, is_vocabulary
 from tuner.dataset.templates import ChatTemplate
 from tuner.errors import UserError
 
@@ -36,35 +37,21 @@ class FastTokenizer(Protocol):
     def name_or_path(self) -> str: ...
 
 
-def plain_tokenizer(source: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a tokenizer without its added tokens: ordinary text is encoded alike, a mark as the letters it is.
-
-    Entries and merges that would lead to an added token go, too. Runs of white space stay: they are mere vocabulary.
-    """
-    model = source["model"]
-    kept = [token for token in source["added_tokens"] if _is_vocabulary(token)]
-    marks = {token["content"] for token in source["added_tokens"] if not _is_vocabulary(token)}
-    lost = marks - {model["unk_token"]}  # that one stays for what the vocabulary cannot write; no merge leads to it
-    vocab = {piece: index for piece, index in model["vocab"].items() if piece not in lost}
-    vocab |= {token["content"]: token["id"] for token in kept}  # otherwise they would be numbered anew
-    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-    merges = [pair for pair in merges if pair[0] + pair[1] not in marks and marks.isdisjoint(pair)]
-    bare = {"post_processor": None, "truncation": None, "padding": None, "added_tokens": kept}
-    return {**source, **bare, "model": {**model, "vocab": vocab, "merges": merges}}
-
-
-def _is_vocabulary(token: Mapping[str, Any]) -> bool:
-    """Whether an added token is ordinary text: some tokenizers keep their runs of white space among the added ones."""
-    return not token["special"] and token["content"].isspace()
-
-
 class Encoder:
     """Segments to documents for one tokenizer and one chat template; light to pickle, for worker processes."""
 
     def __init__(
-        self, source: Callable[[], str], template: ChatTemplate, *, special_ids: dict[str, int], fingerprint: str
+        self,
+        source: bytes | PlainTokenizer,
+        template: ChatTemplate,
+        *,
+        special_ids: dict[str, int],
+        fingerprint: str,
     ) -> None:
-        """`source` gives the plain tokenizer's JSON when first needed: a warm start needs only the fingerprint."""
+        """`source`: the tokenizer's state, which is read when first needed, or what was read from it.
+
+        A warm start needs only the fingerprint.
+        """
         self._source = source
         self._template = template
         self._special_ids = special_ids
@@ -80,12 +67,12 @@ class Encoder:
     def from_tokenizer(cls, tokenizer: FastTokenizer, template: ChatTemplate) -> "Encoder":
         """Raises UserError where the tokenizer lacks a mark of the template, or cannot encode piece by piece."""
         backend = tokenizer.backend_tokenizer
-        text = backend.to_str()
-        # the model is nine tenths of the text and comes last; inside JSON strings the quotes would be escaped
-        settings = json.loads(text.partition(',"model":')[0] + "}")
+        state = backend.__getstate__()  # the JSON of `to_str` as UTF-8, a fifth of that text's size in memory
+        # the model is nine tenths of the state and comes last; inside JSON strings the quotes would be escaped
+        settings = json.loads(state.partition(b',"model":')[0] + b"}")
         name = tokenizer.name_or_path or "given"
         _check_supported(settings, type(backend.model).__name__, name)
-        special_ids = {token["content"]: token["id"] for token in settings["added_tokens"] if not _is_vocabulary(token)}
+        special_ids = {token["content"]: token["id"] for token in settings["added_tokens"] if not is_vocabulary(token)}
         special_ids.pop(backend.model.unk_token, None)  # honest text may hold what the vocabulary cannot write
         missing = [mark for mark in template.special_tokens if mark not in {*special_ids, *template.optional_tokens}]
         if missing:
@@ -94,24 +81,21 @@ class Encoder:
                 f" {template.name!r} needs. Choose the template of this model's family, or add the tokens to the"
                 " tokenizer and resize the model's embedding."
             )
-        parts = [CODE_VERSION, text, dataclasses.asdict(template), type(template.tools).__name__]
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-        def source() -> str:
-            return json.dumps(plain_tokenizer(json.loads(text)))
-
-        return cls(source, template, special_ids=special_ids, fingerprint=digest)
+        parts = [CODE_VERSION, dataclasses.asdict(template), type(template.tools).__name__]
+        digest = hashlib.sha256(json.dumps(parts).encode() + state).hexdigest()
+        return cls(state, template, special_ids=special_ids, fingerprint=digest)
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self._plain_json, self._template, self._special_ids, self.fingerprint)
+        return _rebuild, (self._tables(), self._template, self._special_ids, self.fingerprint)
 
-    @cached_property
-    def _plain_json(self) -> str:
-        return self._source()
+    def _tables(self) -> PlainTokenizer:
+        if isinstance(self._source, bytes):
+            self._source = PlainTokenizer.from_state(self._source)
+        return self._source
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        return Tokenizer.from_str(self._plain_json)
+        return self._tables().build()
 
     @property
     def vocab_size(self) -> int:
@@ -146,8 +130,10 @@ class Encoder:
         return self._written[text]
 
 
-def _rebuild(plain_json: str, template: ChatTemplate, special_ids: dict[str, int], fingerprint: str) -> Encoder:
-    return Encoder(lambda: plain_json, template, special_ids=special_ids, fingerprint=fingerprint)
+def _rebuild(
+    source: PlainTokenizer, template: ChatTemplate, special_ids: dict[str, int], fingerprint: str
+) -> Encoder:
+    return Encoder(source, template, special_ids=special_ids, fingerprint=fingerprint)
 
 
 def _check_supported(settings: Mapping[str, Any], kind: str, name: str) -> None:
