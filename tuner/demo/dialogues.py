@@ -12,7 +12,7 @@ from tuner.demo.wording import Wording
 
 Split = Literal["train", "heldout"]
 LANGUAGES = (ENGLISH, CHINESE)
-TOOL_WEIGHTS = {"calculator": 6, "get_weather": 4, "add_event": 3, "list_events": 3, "interpreter": 3, "talk": 1}
+TOOL_WEIGHTS = {"calculator": 7, "get_weather": 3, "add_event": 5, "list_events": 3, "interpreter": 2, "talk": 1}
 TALK_WEIGHTS = {"talk": 2, "greeting": 1}
 TALK_SHARE = 0.12  # of the dialogues use no tool at all
 HELDOUT_SHARE = 10  # one combination of arguments in so many is held out

@@ -89,7 +89,7 @@ ADD_EVENT = (
     "I agreed to {title} at {time} on {date}. Put it in the calendar.",
     "Reserve {time} on {date} for {title}.",
     "Create an event for {title} on {date} at {time}.",
-    "{title} is on {date} at {time}, add it to my calendar.",
+    "There is {title} on {date} at {time}, add it to my calendar.",
     "Mark {date}, {time}: {title}.",
     "Could you schedule {title} at {time} on {date}?",
     "The calendar should show {title} on {date} at {time}.",
@@ -192,7 +192,7 @@ GREETINGS = (
 ENGLISH = Wording(
     code="en",
     cities=(
-        "Beijing", "Shanghai", "Paris", "London", "Tokyo", "Berlin", "Rome", "Madrid", "Cairo", "Sydney",
+        "Beijing", "Shanghai", "Paris", "London", "Tokyo", "Berlin", "Madrid", "Cairo",
     ),
     days=("today", "tomorrow", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     day_phrases=(
@@ -206,8 +206,8 @@ ENGLISH = Wording(
         "December",
     ),
     titles=(
-        "dentist visit", "team meeting", "yoga class", "haircut", "piano lesson",
-        "book club", "phone call", "doctor visit", "dinner with Anna", "lunch with Tom",
+        "dentist visit", "team meeting", "yoga class", "haircut",
+        "piano lesson", "book club", "phone call", "dinner with Anna",
     ),
     names=("Anna", "Tom", "Lena", "Omar", "Mia", "Paul", "Nora", "Ivan"),
     foods=("noodles", "soup", "rice", "bread", "cheese", "apples"),

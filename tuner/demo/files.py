@@ -15,10 +15,10 @@ from tuner.errors import UserError
 PREFIX = "demo:"
 NAMES = ("model", "train.jsonl", "heldout.jsonl", "text.jsonl")
 SEED = 0
-NUM_TRAIN = 15500
+NUM_TRAIN = 18000
 NUM_HELDOUT = 220
 NUM_PARAGRAPHS = 3000
-NAME_WEIGHT = 1000  # how often the tokenizer sees each name by itself: enough to make it a piece of its own
+NAME_WEIGHT = 5000  # how often the tokenizer sees each name by itself: enough to make it a piece of its own
 MODEL_CONFIG: dict[str, Any] = {
     "architectures": ["InternLM2ForCausalLM"],
     "bias": False,
@@ -27,7 +27,7 @@ MODEL_CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 256,
     "initializer_range": 0.02,
-    "intermediate_size": 512,
+    "intermediate_size": 384,
     "max_position_embeddings": 2048,
     "model_type": "internlm2",
     "num_attention_heads": 16,
@@ -37,7 +37,7 @@ MODEL_CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-05,
     "rope_scaling": None,
     "rope_theta": 10000,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": True,
     "torch_dtype": "float32",
     "use_cache": True,
 }
