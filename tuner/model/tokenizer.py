@@ -56,8 +56,8 @@ def _directory(path: str) -> Path:
     except (OSError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         raise UserError(
-            f"There is no directory {path}, and the hub gave no model of that name ({first_line}). Give the directory of a "
-            "model, or download it first: hf download NAME --local-dir DIRECTORY"
+            f"There is no directory {path}, and the hub gave no model of that name ({first_line}). Give the directory "
+            "of a model, or download it first: hf download NAME --local-dir DIRECTORY"
         ) from error
 
 
