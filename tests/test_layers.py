@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # top first; modules in one tuple are siblings
     ("cli",),
-    ("train", "chat", "convert", "evaluate"),
+    ("train", "chat", "convert", "evaluate", "preview"),
     ("check", "config"),
     ("configs",),
     ("engine",),

@@ -25,6 +25,7 @@ SHELLS = ("bash", "zsh", "fish")
 ASSIGNMENT = re.compile(r"[^\W\d][\w.]*=")
 EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 F = TypeVar("F", bound=Callable[..., Any])
+Pairs = tuple[tuple[str, str], ...]
 
 
 def main() -> None:
@@ -276,6 +277,27 @@ def gather(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
         if values.setdefault(name, text) != text:
             raise UserError(f"{name} is given twice, as {values[name]} and as {text}. Give it once.")
     return values
+
+
+@cli.command("preview", cls=TrainCommand)
+@config_arguments
+@click.option("-n", "num_documents", type=int, help="Documents to show.  [default: 3, or all of the step asked for]")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Draw them as a page; never overwrites.")
+@click.option("--histograms", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write PNGs there.")
+@click.option("--step", type=int, help="What this optimizer step sees, counted from 0.")
+@click.option("--rank", type=int, help="What this data-parallel rank sees, counted from 0.")
+@click.option("--num-ranks", type=int, help="Of how many data-parallel ranks.")
+@click.option("--sequence-parallel-size", type=int, default=1, help="Draw where so many ranks would cut each pack.")
+@click.option("--color/--no-color", "colour", default=None, help="Colour or brackets.  [default: colour on a terminal]")
+@debug_option
+def preview_command(config: str, settings: Pairs, cfg_options: Pairs, **options: Any) -> None:
+    """Show what training will see, token by token: trained, masked, special, cut. Needs no weights."""
+    from tuner.config import add_options, render
+
+    source = add_options(render(config, gather(settings)), gather(cfg_options), config)
+    from tuner.preview.command import preview
+
+    preview(source, name=config, **options)
 
 
 @cli.command("convert")

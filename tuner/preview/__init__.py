@@ -1,0 +1,1 @@
+"""What training will see, shown before anything is trained: samples token by token, packs, histograms."""

@@ -1,0 +1,149 @@
+"""Batches as training gets them, in a form to be drawn: packs, their documents, spans of tokens and their marks."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from tuner.constants import IGNORE_INDEX
+from tuner.dataset.collate import Batch
+from tuner.dataset.sampler import StepPlan
+from tuner.dataset.shards import Shards
+from tuner.errors import UserError
+from tuner.preview.characters import Vocabulary, groups, visible
+
+
+class Span(NamedTuple):
+    """Tokens that are drawn as one: most often a single one, else those that share a character."""
+
+    text: str
+    ids: tuple[int, ...]
+    position: int  # of the first token in its document
+    trained: bool
+    special: bool
+    cut: int | None = None  # the sequence-parallel rank whose part begins here
+
+
+class Tail(NamedTuple):
+    """What truncation took from the end of a document; `problem` says why it is not known."""
+
+    ids: tuple[int, ...] = ()
+    problem: str = ""
+
+
+class DocumentView(NamedTuple):
+    """A document in its pack; its tokens as ids (tokens,) and marks (tokens,), as they stand in the batch."""
+
+    number: int
+    source: str
+    start: int  # place of its first token in the pack
+    ids: list[int]
+    trained: list[bool]
+    tail: Tail | None = None
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that the batch asks for as labels."""
+        return sum(self.trained)
+
+
+class PackView(NamedTuple):
+    """A micro-batch: what one forward and backward sees. Steps and micro-batches count from 0."""
+
+    step: int
+    epoch: int
+    micro_batch: int
+    num_micro_batches: int
+    num_tokens: int  # padding included
+    padding: int
+    cuts: tuple[int, ...]  # places in the pack where the parts of sequence-parallel ranks 1, 2, ... begin
+    documents: list[DocumentView]
+
+
+class Excerpt(NamedTuple):
+    """A pack, and how many of its documents are shown."""
+
+    pack: PackView
+    shown: int
+
+
+def pack_views(plan: StepPlan, batches: Sequence[Batch], shards: Shards, *, sequence_parallel: int) -> list[PackView]:
+    """The micro-batches of a step; `batches` are what the dataset made of the plan."""
+    views = []
+    for place, (numbers, batch) in enumerate(zip(plan.packs, batches)):
+        edges = batch["cu_seqlens"].tolist()
+        ids, marks = batch["input_ids"][0].tolist(), trained_marks(batch)
+        documents = [
+            DocumentView(number, shards.source(number), start, ids[start:end], marks[start:end])
+            for number, start, end in zip(numbers, edges, edges[1:])
+        ]
+        view = PackView(
+            step=plan.step,
+            epoch=plan.epoch,
+            micro_batch=place,
+            num_micro_batches=len(batches),
+            num_tokens=len(ids),
+            padding=len(ids) - edges[len(numbers)],
+            cuts=cuts(len(ids), sequence_parallel),
+            documents=documents,
+        )
+        views.append(view)
+    return views
+
+
+def trained_marks(batch: Batch) -> list[bool]:
+    """(T,) whether each token is trained: whether the label one place before it asks for it."""
+    asked = (batch["labels"][0] != IGNORE_INDEX).tolist()
+    return [False, *asked[:-1]]
+
+
+def cuts(num_tokens: int, num_ranks: int) -> tuple[int, ...]:
+    """Where `num_ranks` equal parts of a pack begin, the first aside; the last part is padded where it falls short."""
+    part = -(-num_tokens // num_ranks)
+    return tuple(range(part, num_tokens, part)) if num_ranks > 1 else ()
+
+
+def spans(document: DocumentView, vocabulary: Vocabulary, pack_cuts: Sequence[int]) -> Iterator[Span]:
+    """The document's tokens in order; a span ends where the mark changes or another rank's part begins."""
+    ranks = {place - document.start: rank for rank, place in enumerate(pack_cuts, start=1)}
+    marks = document.trained
+    changes = {place for place in range(1, len(marks)) if marks[place] != marks[place - 1]}
+    for start, end, text, special in groups(document.ids, vocabulary, {*changes, *ranks}):
+        yield Span(text, tuple(document.ids[start:end]), start, marks[start], special, ranks.get(start))
+
+
+def tail_spans(document: DocumentView, vocabulary: Vocabulary, limit: int) -> Iterator[Span]:
+    """The first `limit` tokens that were cut off the document's end."""
+    ids = document.tail.ids[:limit] if document.tail else ()
+    for start, end, text, special in groups(ids, vocabulary):
+        yield Span(text, tuple(ids[start:end]), len(document.ids) + start, False, special)
+
+
+def heading(document: DocumentView) -> str:
+    """One line about a document."""
+    counts = f"{len(document.ids):,} tokens, {document.num_trained:,} trained"
+    return f"document {document.number} · {visible(document.source)} · {counts}"
+
+
+def pack_heading(pack: PackView) -> str:
+    """One line about a pack."""
+    parts = [f"step {pack.step}", f"epoch {pack.epoch}"]
+    parts.append(f"micro-batch {pack.micro_batch + 1} of {pack.num_micro_batches}")
+    parts.append(f"{len(pack.documents):,} documents in {pack.num_tokens:,} tokens")
+    if pack.padding:
+        parts.append(f"{pack.padding:,} of them padding")
+    if pack.cuts:
+        parts.append(f"sequence-parallel cuts before tokens {', '.join(map(str, pack.cuts))}")
+    return " · ".join(parts)
+
+
+def steps(dataloader: Any, step: int | None) -> Iterator[tuple[StepPlan, list[Batch]]]:
+    """The plan and the batches of one step, or of all from the first; made by the dataset, as for training.
+
+    Raises:
+        UserError: a step that the run does not have.
+    """
+    num_steps = len(dataloader.sampler)
+    if step is not None and not 0 <= step < num_steps:
+        raise UserError(f"--step {step}: the run has {num_steps:,} steps, counted from 0 to {num_steps - 1:,}.")
+    for number in range(num_steps) if step is None else [step]:
+        plan = dataloader.sampler.plan(number)
+        yield plan, dataloader.dataset[plan]
