@@ -158,6 +158,11 @@ class Shards:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(files + 1,) the first document of each file; the last entry is the number of documents."""
+        return self._starts
+
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(documents,) tokens of each document."""
