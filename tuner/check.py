@@ -15,6 +15,7 @@ from tuner.dataset.build import build_shards
 from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
 from tuner.dataset.formats import FORMATS
+from tuner.dataset.rendering import LOSS_ON
 from tuner.dataset.sources import expand
 from tuner.demo.files import PREFIX
 from tuner.engine.strategy import PRECISIONS
@@ -97,6 +98,7 @@ RULES: dict[str, Rule] = {
     "keep_checkpoints": count(1, or_none=True),
     "sample_interval": count(0),
     "pack": FLAG,
+    "train_newline": FLAG,
     "gradient_checkpointing": FLAG,
 }
 CHOICES: dict[str, Collection[str]] = {
@@ -107,6 +109,7 @@ CHOICES: dict[str, Collection[str]] = {
     "on_bad_row": ON_BAD_ROW,
     "data_format": FORMATS,
     "chat_template": CHAT_TEMPLATES,
+    "loss_on": LOSS_ON,
 }
 OTHER_NAMES = {"max_norm": "max_grad_norm"}  # of a setting, where it arrives in the assembly
 
@@ -200,7 +203,8 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
         name = OTHER_NAMES.get(name, name)
         if name in RULES and not RULES[name].holds(value):
             problems.setdefault((name, repr(value)), f"{path} = {value!r}: allowed is {RULES[name].words}.")
-        is_own = name == "data_format" and callable(value)  # a function row -> sample in the format's place
+        # a function row -> sample in the format's place; a node, whose own entries are looked at
+        is_own = (name == "data_format" and callable(value)) or isinstance(value, Mapping)
         if name in CHOICES and not is_own and (not isinstance(value, str) or value not in CHOICES[name]):
             allowed = f"allowed is one of {', '.join(CHOICES[name])}."
             text = f"{path} = {value!r}: {allowed}{did_you_mean(value, CHOICES[name])}"

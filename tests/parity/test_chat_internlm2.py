@@ -97,6 +97,12 @@ def test_the_interpreter_transcript_comes_out_token_for_token(encoder: Encoder):
     document = encoded(encoder, [FORMATS["openai"](row)])[0]
     check(document, INTERPRETER_TRANSCRIPT)
     assert (len(document.ids), document.trained.sum()) == (67, 26)
+    with_newline = encoder.encode([render(FORMATS["openai"](row), TEMPLATE, train_newline=True)])[0]
+    lab = list(INTERPRETER_TRANSCRIPT)
+    lab[4:5] = [([NEWLINE], True), (lab[4][0][1:], False)]  # behind the call's end mark
+    lab[-1] = ([NEWLINE], True)
+    check(with_newline, lab)
+    assert with_newline.trained.sum() == 28  # as the lab trains it
 
 
 def test_a_leading_newline_does_not_merge_with_the_turn_s_own(encoder: Encoder):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from chat_samples import WEATHER, made_row
 
-from tuner.dataset.chat_template import CHAT_TEMPLATES, find_template, parse_reply, render
+from tuner.dataset.chat_template import CHAT_TEMPLATES, Segment, find_template, parse_reply, render
 from tuner.dataset.formats import FORMATS, RowError
 from tuner.dataset.messages import split_parallel_calls
 from tuner.errors import UserError
@@ -71,8 +71,12 @@ def test_qwen_turns_have_a_system_turn_where_the_conversation_has_none():
 
 
 def test_a_document_of_text_is_trained_but_for_its_first_mark():
-    assert render({"text": "a<s>"}, INTERNLM2) == [("<s>", False, True), ("a<s>", True, False), ("</s>", True, True)]
-    assert render({"text": "a"}, QWEN) == [("a", True, False), ("<|endoftext|>", True, True)]
+    assert render({"text": "a<s>"}, INTERNLM2) == [
+        Segment("<s>", False, True),
+        Segment("a<s>", True, False),
+        Segment("</s>", True, True),
+    ]
+    assert render({"text": "a"}, QWEN) == [Segment("a", True, False), Segment("<|endoftext|>", True, True)]
 
 
 def test_a_turn_without_loss_is_masked_whole():
@@ -206,7 +210,7 @@ def test_qwen_refuses_an_interpreter():
 
 def test_a_name_is_plain_text_and_only_a_system_turn_bears_a_special_one():
     segments = render({"messages": [{**USER, "name": "<|plugin|>"}, SAID]}, INTERNLM2)
-    assert ("<|plugin|>", False, False) in segments
+    assert Segment("<|plugin|>", False, False) in segments
     assert "user name=plugin\n" in written(INTERNLM2, {**USER, "name": "plugin"}, SAID)
     system = {"role": "system", "content": "[]", "name": "plugin"}
     assert render({"messages": [system, USER]}, INTERNLM2)[1].text == "<|im_start|>system name=<|plugin|>\n"

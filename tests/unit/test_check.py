@@ -68,6 +68,7 @@ def test_a_right_config_passes_and_nothing_is_built(good: dict[str, object], mon
         ("on_bad_row", "ignore", "one of raise, skip"),
         ("data_format", "alpacca", "one of openai, alpaca, text. Did you mean alpaca?"),
         ("chat_template", "internlm", "internlm2"),
+        ("loss_on", "call", "one of assistant, last, calls, thoughts. Did you mean calls?"),
     ],
 )
 def test_a_value_out_of_range_is_told_once(setting: str, value: object, allowed: str, good: dict[str, object]):

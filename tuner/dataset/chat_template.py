@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 from tuner.dataset.messages import (
@@ -16,6 +16,7 @@ from tuner.dataset.messages import (
     is_interpreter,
     split_parallel_calls,
 )
+from tuner.dataset.rendering import chosen, message_weight, trains_part
 from tuner.dataset.templates import (
     CHAT_TEMPLATES,
     ActionGrammar,
@@ -35,11 +36,13 @@ class Segment(NamedTuple):
     """A piece of a conversation that is encoded by itself.
 
     In a special segment the template's own marks are one id each; in any other, whatever it says, nothing is.
+    `weight` is what a trained token of it counts in the loss.
     """
 
     text: str
     trained: bool
     special: bool
+    weight: float = 1.0
 
 
 class Piece(NamedTuple):
@@ -47,6 +50,7 @@ class Piece(NamedTuple):
 
     text: str
     special: bool = False
+    is_call: bool = False
 
 
 class Turn(NamedTuple):
@@ -55,7 +59,7 @@ class Turn(NamedTuple):
     role: str
     body: list[Piece]
     name: Piece | None = None
-    trained: bool = False
+    weight: float = 0.0  # 0 where nothing of the turn is trained
 
 
 class Reply(NamedTuple):
@@ -66,18 +70,29 @@ class Reply(NamedTuple):
     error: str | None = None
 
 
-def render(sample: Sample, template: ChatTemplate, *, add_generation_prompt: bool = False) -> list[Segment]:
+def render(
+    sample: Sample,
+    template: ChatTemplate,
+    *,
+    loss_on: str = "assistant",
+    train_newline: bool = False,
+    add_generation_prompt: bool = False,
+) -> list[Segment]:
     """A sample to the segments that its tokens are made of; their texts joined are the whole conversation.
 
-    Trained are the model's own turns and the mark that ends each; `loss: False` leaves a turn out. A document of plain
-    text is trained but for its first mark. Raises RowError for what the template has no place for.
+    Trained are the model's own turns and the mark that ends each, or less of them as `loss_on` (of LOSS_ON) says, with
+    `train_newline` also what stands behind that mark; `loss: False` leaves a turn out, `loss: 0.5` halves its weight.
+    The segments are the same in text and number of tokens whatever is trained. A document of plain text is trained but
+    for its first mark. Raises RowError for what the template has no place for.
     """
     begin = [Segment(template.begin, False, True)] if template.begin else []
     if "text" in sample:
         segments = [*begin, Segment(sample["text"], True, False), Segment(template.text_end, True, True)]
     else:
-        turns = TURNS[type(template.tools)](sample["messages"], sample.get("tools") or [], template)
-        segments = [*begin, *(segment for turn in turns for segment in _turn_segments(turn, template))]
+        messages = chosen(sample["messages"], loss_on)
+        turns = TURNS[type(template.tools)](messages, sample.get("tools") or [], template)
+        parts = (_turn_segments(turn, template, loss_on, train_newline) for turn in turns)
+        segments = [*begin, *chain.from_iterable(parts)]
     if add_generation_prompt:
         segments += _header(Turn("assistant", []), template)
     try:
@@ -106,18 +121,24 @@ def _header(turn: Turn, template: ChatTemplate) -> list[Segment]:
     ]
 
 
-def _turn_segments(turn: Turn, template: ChatTemplate) -> Iterator[Segment]:
+def _turn_segments(turn: Turn, template: ChatTemplate, loss_on: str, train_newline: bool) -> Iterator[Segment]:
     yield from _header(turn, template)
-    for special, pieces in groupby(turn.body, key=lambda piece: piece.special):
+    for (special, is_call), pieces in groupby(turn.body, key=lambda piece: (piece.special, piece.is_call)):
         words = "".join(piece.text for piece in pieces)
         if words:
-            yield Segment(words, turn.trained, special)
-    if turn.trained:
-        yield Segment(template.turn_end, True, True)
-        if template.separator:
-            yield Segment(template.separator, False, True)
+            yield _said_segment(turn, words, trains_part(loss_on, is_call=is_call), special)
+    ends = trains_part(loss_on, is_call=True)  # the turn ends behind its call
+    if turn.weight > 0 and ends and template.separator and not train_newline:
+        yield _said_segment(turn, template.turn_end, True, True)
+        yield Segment(template.separator, False, True)
     else:
-        yield Segment(template.turn_end + template.separator, False, True)
+        yield _said_segment(turn, template.turn_end + template.separator, ends, True)
+
+
+def _said_segment(turn: Turn, text: str, trains: bool, special: bool) -> Segment:
+    """A part of a turn, trained if both the turn and this part of it are."""
+    trained = trains and turn.weight > 0
+    return Segment(text, trained, special, turn.weight if trained else 1.0)
 
 
 def _said(message: Message) -> Turn:
@@ -127,12 +148,8 @@ def _said(message: Message) -> Turn:
         message["role"],
         [Piece(message.get("content") or "")],
         None if name is None else Piece(name),
-        _is_trained(message),
+        message_weight(message),
     )
-
-
-def _is_trained(message: Message) -> bool:
-    return message["role"] == "assistant" and bool(message.get("loss", True))
 
 
 def _plain_turns(messages: Sequence[Message], tools: Sequence[Any], template: ChatTemplate) -> list[Turn]:
@@ -186,9 +203,9 @@ def _action(call: Mapping[str, Any], kind: str, grammar: ActionGrammar) -> list[
     else:
         words = "\n" + dump({"name": call["function"]["name"], "parameters": call_arguments(call)})
     return [
-        Piece(grammar.start + kind, special=True),
-        Piece(words),
-        Piece(grammar.end + grammar.after_end, special=True),
+        Piece(grammar.start + kind, special=True, is_call=True),
+        Piece(words, is_call=True),
+        Piece(grammar.end + grammar.after_end, special=True, is_call=True),
     ]
 
 
@@ -232,14 +249,14 @@ def _tool_list(system: str, tools: Sequence[Mapping], grammar: ToolCallGrammar) 
 
 
 def _tool_calls(message: Message, grammar: ToolCallGrammar) -> Iterator[Piece]:
-    separated = not message.get("content")
-    for call in message.get("tool_calls") or []:
-        if not separated:
-            yield Piece("\n")
-        separated = False
-        yield Piece(grammar.start, special=True)
-        yield Piece("\n" + dump({"name": call["function"]["name"], "arguments": call_arguments(call)}) + "\n")
-        yield Piece(grammar.end, special=True)
+    for place, call in enumerate(message.get("tool_calls") or []):
+        if place or message.get("content"):
+            # before the first call it is one piece with the words, for some tokenizers have one token for ".\n"
+            yield Piece("\n", is_call=place > 0)
+        words = dump({"name": call["function"]["name"], "arguments": call_arguments(call)})
+        yield Piece(grammar.start, special=True, is_call=True)
+        yield Piece("\n" + words + "\n", is_call=True)
+        yield Piece(grammar.end, special=True, is_call=True)
 
 
 Turns = Callable[[Sequence[Message], Sequence[Any], ChatTemplate], list[Turn]]

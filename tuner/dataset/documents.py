@@ -1,6 +1,5 @@
 """A chunk of rows -> documents of at most max_length tokens, with a ledger of every token: the work of one worker."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from tuner.dataset.chat_template import ChatTemplate, Segment, render
 from tuner.dataset.ledger import Count, Ledger
 from tuner.dataset.read import Chunk, Row
+from tuner.dataset.reading.strict_json import parse_row
 from tuner.dataset.tokenize import Encoder
 from tuner.errors import UserError
 
@@ -63,6 +63,8 @@ class RowEncoder:
     max_length: int
     too_long: str
     on_bad_row: str
+    loss_on: str = "assistant"
+    train_newline: bool = False
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         """Under on_bad_row="raise" the work stops at the first bad row, which the caller must raise."""
@@ -82,6 +84,8 @@ class RowEncoder:
         return EncodedChunk(block, ledger.check(), bad_rows, chunk.position)
 
     def _segments(self, row: Row) -> list[Segment]:
+        if row.fault:
+            raise UserError(row.fault)
         content = parse_row(row.content)
         try:
             sample = self.to_sample(content)
@@ -89,7 +93,7 @@ class RowEncoder:
             raise
         except Exception as error:  # the user's own function may raise anything, and the row must be named
             raise UserError(f"the data_format function raised {type(error).__name__}: {error}") from error
-        return render(sample, self.template)
+        return render(sample, self.template, loss_on=self.loss_on, train_newline=self.train_newline)
 
     def _encode(self, samples: list[list[Segment]], lines: NDArray[np.int64]) -> tuple[Block, Ledger]:
         documents = self.encoder.encode(samples)
@@ -102,26 +106,6 @@ class RowEncoder:
             kept = np.concatenate([np.empty(0, np.int64), *map(np.arange, cuts.starts, cuts.ends)])
             ids, trained = ids[kept], trained[kept]
         return Block(ids, trained, sizes, cuts.num_loss_tokens, lines[cuts.owners]), ledger
-
-
-def parse_row(content: bytes) -> dict[str, Any]:
-    """The object in a row. Raises UserError saying what is expected."""
-    try:
-        row = json.loads(content)
-        if b"\\ud" in content.lower():
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        found = content[error.start : error.start + 4].hex(" ")
-        raise UserError(f"not UTF-8 (the bytes {found} at column {error.start + 1}). Save it as UTF-8.") from error
-    except UnicodeEncodeError as error:
-        raise UserError("half of a surrogate pair (\\ud800 to \\udfff), which is no character.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON: {error.msg} at column {error.pos + 1}. Expected: one JSON object a row.") from error
-    except RecursionError as error:
-        raise UserError("nested too deeply. Expected: one JSON object a row.") from error
-    if not isinstance(row, dict):
-        raise UserError(f"a {type(row).__name__}. Expected: one JSON object ({{...}}) a row.")
-    return row
 
 
 def fit(lengths: NDArray[np.int64], trained: NDArray[np.bool_], max_length: int, too_long: str) -> tuple[Cuts, Ledger]:

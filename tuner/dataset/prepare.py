@@ -5,7 +5,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +19,10 @@ from tuner.dataset.fingerprint import callable_digest, changes, code_digest, dig
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.ledger import Ledger
 from tuner.dataset.read import Chunk, file_kind, read_chunks
+from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
+from tuner.dataset.rendering import LOSS_ON, Rendering
 from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
-from tuner.dataset.sources import (
-    Stamp,
-    check_unchanged,
-    content_digest,
-    expand,
-    read_record,
-    record_path,
-    stamp,
-    write_record,
-)
+from tuner.dataset.sources import content_digest, expand, read_record, record_path, write_record
 from tuner.dataset.tokenize import Encoder
 from tuner.dataset.workers import Workers, num_cores
 from tuner.demo.files import cache_root
@@ -44,7 +37,7 @@ def build_shards(
     path: str | list[str],
     *,
     data_format: str | Format,
-    chat_template: str,
+    chat_template: str | Rendering,
     tokenizer: Any,
     max_length: int,
     too_long: str = "truncate",
@@ -53,18 +46,21 @@ def build_shards(
 ) -> Shards:
     """Tokenise data files (paths, globs, `demo:` names), or open what an earlier run has made of them.
 
-    `data_format` is a key of FORMATS or a function row -> sample. Documents over `max_length` tokens are cut short, cut
-    into pieces or dropped, as `too_long` says; a bad row stops the work or is written aside, as `on_bad_row` says.
-    `cache_dir` is by default `shards` in $TUNER_CACHE or ~/.cache/tuner. Raises UserError for bad settings or data.
+    `data_format` is a key of FORMATS or a function row -> sample, `chat_template` one of CHAT_TEMPLATES or a Rendering,
+    which also says what is trained. Documents over `max_length` tokens are cut short, cut into pieces or dropped, as
+    `too_long` says; a bad row stops the work or is written aside, as `on_bad_row` says. `cache_dir` is by default
+    `shards` in $TUNER_CACHE or ~/.cache/tuner. Raises UserError for bad settings or data.
     """
-    _check_settings(data_format, chat_template, max_length, too_long, on_bad_row)
+    rendering = Rendering(chat_template) if isinstance(chat_template, str) else chat_template
+    _check_settings(data_format, rendering, max_length, too_long, on_bad_row)
     files = expand(path)
-    template = CHAT_TEMPLATES[chat_template]
+    template = CHAT_TEMPLATES[rendering.chat_template]
     encoder = Encoder.from_tokenizer(tokenizer, template)
     to_sample = FORMATS[data_format] if isinstance(data_format, str) else data_format
     name = data_format if isinstance(data_format, str) else callable_digest(data_format)
-    rows = RowEncoder(to_sample, template, encoder, max_length, too_long, on_bad_row)
-    ingredients = {"data_format": name, "chat_template": chat_template}
+    choices = (rendering.loss_on, rendering.train_newline)
+    rows = RowEncoder(to_sample, template, encoder, max_length, too_long, on_bad_row, *choices)
+    ingredients = {"data_format": name, **asdict(rendering)}
     directory = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "shards"
     shards = Preparation(rows, ingredients, directory, num_workers=num_cores()).run(files)
     print(shards.ledger.table(), flush=True)
@@ -148,6 +144,7 @@ def _write(directory: Path, *, file: Path, shard: _Missing, workers: Workers[Chu
     try:
         for chunk in workers.map(read_chunks(file)):
             if chunk.bad_rows and shard.ingredients["on_bad_row"] == "raise":
+                check_unchanged(file, shard.seen)  # or the row was bad because it was half written
                 raise _bad_row_error(file, chunk)
             writer.append(chunk.block, chunk.bad_rows)
             ledger += chunk.ledger
@@ -195,12 +192,13 @@ def _travels(rows: RowEncoder) -> bool:
 
 
 def _check_settings(
-    data_format: str | Format, chat_template: str, max_length: int, too_long: str, on_bad_row: str
+    data_format: str | Format, rendering: Rendering, max_length: int, too_long: str, on_bad_row: str
 ) -> None:
     problems = []
     for name, value, allowed in (
         ("data_format", data_format if isinstance(data_format, str) else None, FORMATS),
-        ("chat_template", chat_template, CHAT_TEMPLATES),
+        ("chat_template", rendering.chat_template, CHAT_TEMPLATES),
+        ("loss_on", rendering.loss_on, LOSS_ON),
         ("too_long", too_long, TOO_LONG),
         ("on_bad_row", on_bad_row, ON_BAD_ROW),
     ):

@@ -7,6 +7,7 @@ The settings come first; the assembly below uses each of them, so what is derive
 from torch.optim import AdamW
 
 from tuner.dataset.build import PackedDataset, build_dataloader, build_shards
+from tuner.dataset.rendering import Rendering
 from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
@@ -26,6 +27,8 @@ precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward co
 data_path: str | list[str] = "train.jsonl"  # file, pattern such as "data/*.jsonl", or a list of them
 data_format = "openai"  # "openai" (rows with messages), "alpaca" (instruction, input, output) or "text"
 chat_template = "internlm2"  # how turns become tokens: the one that the model was made with
+loss_on = "assistant"  # every "assistant" turn; the "last" only; tool "calls" only; or the "thoughts" before a call
+train_newline = False  # whether what stands behind an answer's end mark is trained: "\n", nothing in Llama 3
 max_length = 32768  # tokens in a pack, and at most in a conversation
 too_long = "truncate"  # what happens to a longer conversation: "truncate", "split" or "drop"; counted in the ledger
 on_bad_row = "raise"  # a row that cannot be read: "raise" stops, "skip" counts it and writes it to a file
@@ -60,7 +63,7 @@ train_dataset = dict(
         type=build_shards,
         path=data_path,
         data_format=data_format,
-        chat_template=chat_template,
+        chat_template=dict(type=Rendering, chat_template=chat_template, loss_on=loss_on, train_newline=train_newline),
         tokenizer=tokenizer,
         max_length=max_length,
         too_long=too_long,
