@@ -1,5 +1,6 @@
 """Look at the fields of a row, with an error that says what is expected and what came."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,3 +25,36 @@ def field(row: Row, key: str, kind: type, where: str = "the row") -> Any:
     value = row[key]
     require(isinstance(value, kind), f"{key!r} of {where} to be a {kind.__name__}", value)
     return value
+
+
+def objects(row: Row, key: str, what: str) -> list[Row]:
+    """The items of a list that must not be empty and holds objects alone; `what` names one of them."""
+    items = field(row, key, list)
+    require(bool(items), f"{key!r} to hold at least one {what}", items)
+    for place, item in enumerate(items):
+        require(isinstance(item, dict), f"{what} {place} to be an object", item)
+    return items
+
+
+def one_of(value: str, allowed: Mapping[str, str], what: str) -> str:
+    """What `allowed` says of a word that must be among its keys."""
+    if value not in allowed:
+        raise RowError(f"Expected {what} to be one of {tuple(allowed)}, got {value!r}.{nearest(value, allowed)}")
+    return allowed[value]
+
+
+def parsed(words: Any, what: str) -> Any:
+    """A value that may be given as JSON text."""
+    if not isinstance(words, str):
+        return words
+    try:
+        return json.loads(words)
+    except (json.JSONDecodeError, RecursionError) as error:
+        shown = words[:80] + ("..." if len(words) > 80 else "")
+        raise RowError(f"Expected {what} to be JSON, got {shown!r} ({error}).") from None
+
+
+def function_call(name: Any, arguments: Any, what: str) -> dict[str, Any]:
+    """An OpenAI tool call; the arguments may be an object or its JSON text."""
+    require(isinstance(name, str) and name != "", f"{what} to have a name", name)
+    return {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tuner.dataset.formats.fields import Row, field, require
-from tuner.dataset.messages import Message
+from tuner.dataset.messages import Message, RowError
 
 
 def alpaca(row: Row) -> dict[str, Any]:
@@ -27,3 +27,30 @@ def alpaca(row: Row) -> dict[str, Any]:
         require(whole and pair[1] != "", "each entry of 'history' to be [question, answer]", pair)
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return {"messages": [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def qa(row: Row) -> dict[str, Any]:
+    """{"question", "answer"} or {"prompt", "completion" or "response"}, and "system"?: one exchange, as in GSM8K."""
+    asked = [key for key in ("question", "prompt") if row.get(key) is not None]
+    said = [key for key in ("answer", "completion", "response") if row.get(key) is not None]
+    keys = sorted(map(str, row))
+    if len(asked) != 1:
+        raise RowError(f"Expected either 'question' or 'prompt' in the row, which has {keys}.")
+    if len(said) != 1:
+        raise RowError(f"Expected one of 'answer', 'completion' and 'response' in the row, which has {keys}.")
+    question, answer = field(row, asked[0], str), field(row, said[0], str)
+    require(question != "", f"{asked[0]!r} to ask something", question)
+    require(answer != "", f"{said[0]!r} to hold the answer to train on", answer)
+    messages: list[Message] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": field(row, "system", str)})
+    return {"messages": [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+ALPACA_EXAMPLE = {
+    "instruction": "Translate to English.",
+    "input": "白日依山尽",
+    "output": "The white sun sets behind the hills.",
+    "history": [["Do you know Chinese?", "A little."]],
+}
+QA_EXAMPLE = {"question": "What is 6 times 7?", "answer": "6 * 7 = 42\n#### 42"}

@@ -1,7 +1,7 @@
 """OpenAI messages: the form that all other conversations are brought to and checked in."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from tuner.dataset.messages import (
     match_results,
     results_after,
 )
+from tuner.dataset.rendering import LOSS_WORDS, is_loss
 from tuner.nearest import nearest
 
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "loss", "weight")
@@ -24,30 +25,44 @@ NEXT_ROLES = {
     "nothing": ("system", "user"),
     "system": ("system", "user"),
     "user": ("assistant",),
-    "assistant": ("user",),
+    "assistant": ("user", "system"),
     "calls": ("tool",),
-    "tool": ("tool", "assistant"),
-    "assistant after tool": ("user", "assistant"),
+    "tool": ("tool", "assistant", "user"),
+    "assistant after tool": ("user", "assistant", "system"),
 }
 
 
 def openai(row: Row) -> dict[str, Any]:
     """{"messages": [...], "tools"?: [...]} as in OpenAI's fine-tuning files, with `loss` or `weight` per message.
 
-    `weight: 0` and `loss: false` leave an assistant turn out of the loss. Arguments may be a JSON string or an object.
+    `weight: 0` and `loss: false` leave an assistant turn out of the loss, `loss: 0.5` halves its share of it.
+    Arguments may be a JSON string or an object.
     """
-    given = field(row, "messages", list)
-    tools = _tools(row.get("tools"))
+    return conversation(field(row, "messages", list), row.get("tools"))
+
+
+def conversation(given: Sequence[Any], tools: Any, *, declared: Collection[str] = ()) -> dict[str, Any]:
+    """Messages and tools, checked, as a sample; tools in `declared` are known from the text of the conversation.
+
+    Raises RowError for a message, a tool, an order or a call that is not as it should be, and where nothing is trained.
+    """
+    schemas = _tools(tools)
     messages = [_message(message, f"message {place}") for place, message in enumerate(given)]
     _check_order(messages)
-    _check_calls(messages, tools)
+    _check_calls(messages, {*declared, *map(_tool_name, schemas)})
     trained = any(message["role"] == "assistant" and message.get("loss", True) for message in messages)
     roles = [message["role"] for message in messages]
     require(trained, "an assistant turn to train on (one whose loss is not false)", roles)
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    return {"messages": messages, "tools": schemas} if schemas else {"messages": messages}
+
+
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    return "code_interpreter" if is_interpreter(tool) else function_body(tool)["name"]
 
 
 def _tools(tools: Any) -> list[Mapping[str, Any]]:
+    if isinstance(tools, str) and not tools.strip():
+        return []
     if isinstance(tools, str):  # tables need one type per column, so tools are often kept as JSON text
         try:
             tools = json.loads(tools)
@@ -78,9 +93,9 @@ def _message(message: Any, where: str) -> Message:
         clean["tool_calls"] = _calls(message, where)
     loss = message.get("loss", message.get("weight"))
     if loss is not None:
-        require(loss in (0, 1), f"the loss of {where} to be true or false", loss)
+        require(is_loss(loss), f"the loss of {where} to be {LOSS_WORDS}", loss)
         require(role == "assistant" or not loss, f"a loss in assistant turns only, {where} to have none", role)
-        clean["loss"] = bool(loss)
+        clean["loss"] = bool(loss) if loss in (0, 1) else loss
     return clean | _labels(message, where)
 
 
@@ -162,9 +177,8 @@ def _check_order(messages: list[Message]) -> None:
             state = "assistant after tool" if state in ("tool", "assistant after tool") else "assistant"
 
 
-def _check_calls(messages: list[Message], tools: list[Mapping[str, Any]]) -> None:
+def _check_calls(messages: list[Message], declared: set[str]) -> None:
     """Every call names a declared tool, and every call but the conversation's last ones has one result."""
-    declared = {"code_interpreter" if is_interpreter(tool) else function_body(tool)["name"] for tool in tools}
     for place, message in enumerate(messages):
         calls = message.get("tool_calls", [])
         for call in calls:
@@ -179,3 +193,37 @@ def _check_calls(messages: list[Message], tools: list[Mapping[str, Any]]) -> Non
             raise RowError(
                 f"Expected a result for each call of message {place}, {unanswered} of {len(calls)} have none."
             )
+
+
+OPENAI_EXAMPLE = {
+    "messages": [
+        {"role": "user", "content": "Is it raining in Paris?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "c1",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": '{"rain": false}'},
+        {"role": "assistant", "content": "No, it is dry."},
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "get_weather",
+                "description": "The weather of a city.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"city": {"type": "string"}},
+                    "required": ["city"],
+                },
+            },
+        }
+    ],
+}

@@ -10,3 +10,6 @@ def text(row: Row) -> dict[str, Any]:
     document = field(row, "text", str)
     require(document != "", "some text", document)
     return {"text": document}
+
+
+TEXT_EXAMPLE = {"text": "Call me Ishmael."}

@@ -1,0 +1,201 @@
+"""Logs of agents as text: ModelScope's MSAgent (ReAct steps or marked calls) and Agent-FLAN."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tuner.dataset.formats.fields import Row, field, function_call, objects, one_of, parsed, require
+from tuner.dataset.formats.openai_messages import conversation
+from tuner.dataset.messages import Message, RowError
+
+SPEAKERS = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+MULTILINE = re.DOTALL | re.MULTILINE
+STEP = re.compile(r"(.*?)^Action:[ \t]*(.+?)\s*^Action Input:[ \t]*(.*?)\s*(?=^Observation:|\Z)", MULTILINE)
+SEEN = re.compile(r"Observation:[ \t]*(.*?)\s*(?=^(?:Thought|Action|Final Answer):|\Z)", MULTILINE)
+MARKED = re.compile(
+    r"(.*?)<\|startofthink\|>(.*?)<\|endofthink\|>\s*(?:<\|startofexec\|>(.*?)<\|endofexec\|>\s*)?", MULTILINE
+)
+LISTED = re.compile(r"^\s*\d+\.\s*(?:([\w.\-]+):\s*(.*?)\s*Parameters:\s*(\[.*\])|(\{.*\}))\s*$", re.MULTILINE)
+FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL | re.IGNORECASE)
+INSTRUCTIONS = "Use the following format:"  # what follows explains ReAct, whose place InternLM2's own grammar takes
+
+
+def msagent(row: Row) -> dict[str, Any]:
+    """{"conversations": turns or their text}: MSAgent's ReAct steps (Thought, Action, Action Input) or marked calls.
+
+    The APIs that the system turn numbers become `tools`, each step a tool call, what was observed its result. What
+    explains the steps' own notation is left out, for the calls are written in the model's grammar.
+    """
+    turns = _turns(row)
+    messages: list[Message] = []
+    tools: list[dict[str, Any]] = []
+    for place, turn in enumerate(turns):
+        where = f"turn {place}"
+        role = one_of(field(turn, "from", str, where), SPEAKERS, f"'from' of {where}")
+        value = field(turn, "value", str, where)
+        waits = bool(messages) and "tool_calls" in messages[-1]
+        if role == "system":
+            value, found = _read_apis(value)
+            tools += found
+            messages += [{"role": "system", "content": value}] if value else []
+        elif role == "assistant":
+            messages += _read_steps(value, where)
+        elif waits and (role == "tool" or value.startswith("Observation:")):
+            messages.append({"role": "tool", "content": value.removeprefix("Observation:").strip()})
+        else:
+            messages.append({"role": role, "content": value})
+    return conversation(messages, tools)
+
+
+def _turns(row: Row) -> list[Row]:
+    """The turns; ModelScope keeps them as the text of a Python list, which is read and never executed."""
+    written = row.get("conversations")
+    if not isinstance(written, str):
+        return objects(row, "conversations", "turn")
+    try:
+        turns = ast.literal_eval(written)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        turns = parsed(written, "'conversations', being text,")
+    return objects({"conversations": turns}, "conversations", "turn")
+
+
+def _read_apis(system: str) -> tuple[str, list[dict[str, Any]]]:
+    """What a system turn says beside its numbered APIs, and these as function schemas."""
+    tools: list[dict[str, Any]] = []
+    for name, description, parameters, plugin in LISTED.findall(system):
+        if plugin:
+            tools += _plugin(parsed(plugin, "an API of the system turn"))
+        else:
+            listed = parsed(parameters, f"the parameters of API {name!r}")
+            tools.append(_schema(name, description, listed))
+    if not tools:
+        return system, []
+    said = LISTED.sub("", system).partition(INSTRUCTIONS)[0]
+    return said.strip(), tools
+
+
+def _plugin(plugin: Any) -> Iterator[dict[str, Any]]:
+    """The functions of {"plugin_schema_for_model": {"paths": [...]}}, or of such a schema itself."""
+    require(isinstance(plugin, dict), "an API of the system turn to be an object", plugin)
+    schema = plugin.get("plugin_schema_for_model", plugin)
+    for path in objects(schema, "paths", "path of an API"):
+        name = field(path, "name", str, "a path of an API")
+        yield _schema(name, path.get("description", ""), path.get("parameters", []))
+
+
+def _schema(name: str, description: str, parameters: Any) -> dict[str, Any]:
+    require(isinstance(parameters, list), f"the parameters of API {name!r} to be a list", parameters)
+    properties: dict[str, Any] = {}
+    needed = []
+    for parameter in parameters:
+        require(isinstance(parameter, dict), f"each parameter of API {name!r} to be an object", parameter)
+        label = field(parameter, "name", str, f"a parameter of API {name!r}")
+        properties[label] = {key: parameter[key] for key in ("type", "description", "enum") if key in parameter}
+        if str(parameter.get("required", False)).lower() == "true":
+            needed.append(label)
+    schema = {"type": "object", "properties": properties, "required": needed}
+    return {"name": name, "description": description, "parameters": schema}
+
+
+def _read_steps(text: str, where: str) -> Iterator[Message]:
+    """An assistant's text as messages: calls with what was thought, the results it quotes, the answer."""
+    if "<|startofthink|>" in text:
+        yield from _read_marked(text, where)
+        return
+    at = 0
+    while step := STEP.match(text, at):
+        thought, name, written = step.groups()
+        yield _call(_bare(thought), name.strip(), _arguments(written, where), where)
+        at = step.end()
+        if seen := SEEN.match(text, at):
+            yield {"role": "tool", "content": seen[1]}
+            at = seen.end()
+    rest = text[at:].strip()
+    thought, marked, answer = rest.partition("Final Answer:")
+    if marked:
+        rest = "\n".join(part for part in (_bare(thought), answer.strip()) if part)
+    if rest or at == 0:
+        yield {"role": "assistant", "content": rest}
+
+
+def _bare(thought: str) -> str:
+    return thought.strip().removeprefix("Thought:").strip()
+
+
+def _arguments(written: str, where: str) -> Any:
+    unfenced = FENCE.fullmatch(written)
+    words = unfenced[1] if unfenced else written.strip()
+    return parsed(words, f"the Action Input in {where}") if words else {}
+
+
+def _call(content: str, name: str, arguments: Any, where: str) -> Message:
+    return {
+        "role": "assistant",
+        "content": content,
+        "tool_calls": [function_call(name, arguments, f"the Action in {where}")],
+    }
+
+
+def _read_marked(text: str, where: str) -> Iterator[Message]:
+    """MSAgent-Bench's first form: a JSON request between marks, what it gave between other marks, then the answer."""
+    at = 0
+    while step := MARKED.match(text, at):
+        said, written, result = step.groups()
+        request = _arguments(written, where)
+        require(isinstance(request, dict), f"the request in {where} to be an object", request)
+        yield _call(said.strip(), field(request, "api_name", str, where), request.get("parameters"), where)
+        at = step.end()
+        if result is not None:
+            unfenced = FENCE.fullmatch(result)
+            yield {"role": "tool", "content": unfenced[1] if unfenced else result.strip()}
+    rest = text[at:].strip()
+    if "<|startofthink|>" in rest:
+        raise RowError(f"Expected <|endofthink|> behind each <|startofthink|> of {where}, got {rest[:80]!r}.")
+    if rest:
+        yield {"role": "assistant", "content": rest}
+
+
+def agent_flan(row: Row) -> dict[str, Any]:
+    """{"conversation": [{"role", "content", "loss"?}, ...]}: Agent-FLAN, whose steps are told in plain words."""
+    messages = []
+    for turn in objects(row, "conversation", "turn"):
+        trained = turn.get("role") == "assistant"  # the file gives every turn a loss, that of a user being false
+        messages.append({**turn} if trained else {key: turn[key] for key in turn if key != "loss" or turn[key]})
+    return conversation(messages, row.get("tools"))
+
+
+MSAGENT_EXAMPLE = {
+    "conversations": [
+        {
+            "from": "system",
+            "value": "You have access to the following APIs:\n1. find_recipe: Finds a recipe. Parameters: "
+            + json.dumps([{"name": "dish", "description": "What to cook.", "required": "True"}])
+            + "\n\nUse the following format:\n\nThought: what to do\nAction: the API\nAction Input: its input\n",
+        },
+        {"from": "user", "value": "How do I cook rice?"},
+        {
+            "from": "assistant",
+            "value": 'Thought: I look it up.\nAction: find_recipe\nAction Input: {"dish": "rice"}\n'
+            "Observation: Two parts water, twelve minutes.\n"
+            "Thought: I know the answer.\nFinal Answer: In two parts of water, for twelve minutes.",
+        },
+    ]
+}
+AGENT_FLAN_EXAMPLE = {
+    "conversation": [
+        {"role": "user", "content": "Which tool finds a train?", "loss": False},
+        {"role": "assistant", "content": "The timetable; I need the two towns.", "loss": True},
+    ],
+    "id": "0",
+}
