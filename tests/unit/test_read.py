@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tuner.dataset import read
-from tuner.dataset.documents import parse_row
+from tuner.dataset.reading import json_values
+from tuner.dataset.reading.strict_json import parse_row
 from tuner.dataset.read import read_chunks
 from tuner.errors import UserError
 
@@ -35,7 +36,7 @@ VALUES = [{"text": "a,]}\n" * n, "more": [{"ä中🙂": None}] * (n % 3)} for n 
 @pytest.mark.parametrize("block", [1, 2, 3, 17, 1000, 1 << 18])
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_json_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, block, indent):
-    monkeypatch.setattr(read, "BLOCK_CHARACTERS", block)
+    monkeypatch.setattr(json_values, "BLOCK_CHARACTERS", block)
     text = json.dumps(VALUES[:12], ensure_ascii=False, indent=indent)
     found = rows(write(tmp_path, "a.json", text))
     assert [json.loads(content) for _, content in found] == VALUES[:12]
@@ -99,13 +100,13 @@ def test_files_that_are_not_what_their_ending_says_are_refused(tmp_path, name, c
 
 def test_a_mistake_early_in_a_large_array_is_found_without_reading_it_all(tmp_path, monkeypatch):
     path = write(tmp_path, "a.json", '[{"a" 1},' + '{"a": 1},' * 400_000)
-    decode_block, blocks = read._decode_block, []
-    monkeypatch.setattr(read, "_decode_block", lambda data, *rest, **more: (
+    decode_block, blocks = json_values._decode_block, []
+    monkeypatch.setattr(json_values, "_decode_block", lambda data, *rest, **more: (
         blocks.append(data) or decode_block(data, *rest, **more)
     ))  # fmt: skip
     with pytest.raises(UserError, match="not JSON"):
         rows(path)
-    assert len(blocks) <= 2 < path.stat().st_size // read.BLOCK_CHARACTERS
+    assert len(blocks) <= 2 < path.stat().st_size // json_values.BLOCK_CHARACTERS
 
 
 @pytest.mark.parametrize(

@@ -6,24 +6,16 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tuner.dataset.cache import hash_file
 from tuner.dataset.read import file_kind
+from tuner.dataset.reading.stamps import check_unchanged, stamp
 from tuner.demo.files import resolve
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean
 
 SETTLED_SECONDS = 2.0  # a file younger than this may change again without a new time stamp
-
-
-class Stamp(NamedTuple):
-    """What the file system says of a file; ctime moves even when an editor puts mtime back."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
 
 
 def expand(path: str | list[str]) -> list[Path]:
@@ -40,12 +32,6 @@ def expand(path: str | list[str]) -> list[Path]:
     return files
 
 
-def stamp(path: Path) -> Stamp:
-    """The present state of a file."""
-    status = path.stat()
-    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-
-
 def content_digest(path: Path, record: dict[str, Any]) -> str:
     """sha256 of a file's bytes; out of `record` (see `read_record`) if the file is as it was then."""
     before = stamp(path)
@@ -58,12 +44,6 @@ def content_digest(path: Path, record: dict[str, Any]) -> str:
     if began - max(before.mtime_ns, before.ctime_ns) / 1e9 > SETTLED_SECONDS:
         record.update(stamp=list(before), sha256=digest)
     return digest
-
-
-def check_unchanged(path: Path, before: Stamp) -> None:
-    """Raises UserError if a file is no longer what it was."""
-    if stamp(path) != before:
-        raise UserError(f"{path} changed while it was being read. Start again once it is complete.")
 
 
 def record_path(cache_dir: Path, path: Path) -> Path:
