@@ -300,6 +300,25 @@ def preview_command(config: str, settings: Pairs, cfg_options: Pairs, **options:
     preview(source, name=config, **options)
 
 
+@cli.command("lint")
+@click.argument("data", nargs=-1, required=True, metavar="DATA...|CONFIG [NAME=VALUE]...")
+@click.option("--format", "data_format", help="Format of the rows of DATA, as in a config's data_format.")
+@click.option("--max-length", type=click.IntRange(min=2), help="Tokens that training keeps of a row.")
+@click.option("--model", metavar="DIR", help="Directory or hub name whose tokenizer counts the tokens.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Get all findings as lines.")
+@click.option("--limit", type=click.IntRange(min=1), default=5, show_default=True, help="Findings shown of each check.")
+@debug_option
+def lint_command(data: tuple[str, ...], **options: Any) -> int:
+    """List what will hurt in data files, or in those of a config: file, line, what came and what to do.
+
+    Exit code 0: nothing above a note. 2: errors (training would stop, or learn what is wrong) or warnings (it would
+    learn what was hardly meant), or a mistake in the command.
+    """
+    from tuner.lint.command import lint
+
+    return lint(data, **options)
+
+
 @cli.command("convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT|WORK_DIR")
 @click.argument("out", type=click.Path(path_type=Path))

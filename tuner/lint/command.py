@@ -1,0 +1,212 @@
+"""`tuner lint`: from data files, or a config that names them, to a report and an exit code."""
+
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from tqdm import tqdm
+
+from tuner.config import PRESETS, loads, render
+from tuner.dataset.chat_template import CHAT_TEMPLATES
+from tuner.dataset.documents import RowEncoder
+from tuner.dataset.formats import FORMATS
+from tuner.dataset.read import Chunk, read_chunks
+from tuner.dataset.rendering import Rendering
+from tuner.dataset.sources import expand
+from tuner.dataset.tokenize import Encoder
+from tuner.dataset.workers import Workers, num_cores
+from tuner.errors import UserError
+from tuner.lint.findings import Finding, Report
+from tuner.lint.rows import Linted, RowLinter
+from tuner.lint.together import TOGETHER, Facts, join
+from tuner.nearest import nearest
+
+UNCUT = (1 << 31) - 1  # a max_length that no row reaches
+SMALL_BYTES = 16 << 20  # checked sooner than worker processes have started
+EXIT_CLEAN, EXIT_FOUND = 0, 2
+Format = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Target(NamedTuple):
+    """What to check, and how training would read it; without a tokenizer no tokens are counted."""
+
+    path: str | list[str]
+    data_format: str | Format
+    tokenizer: Any = None
+    rendering: Rendering | None = None
+    max_length: int | None = None
+
+
+def lint(
+    data: Sequence[str],
+    *,
+    data_format: str | None = None,
+    max_length: int | None = None,
+    model: str | None = None,
+    json_file: Path | None = None,
+    limit: int = 5,
+) -> int:
+    """Check data files, or those of a config or preset (with name=value settings behind it); print what was found.
+
+    Returns 0 if nothing is above a note, else 2. `data_format` and `max_length` win over a config's; `model` is a
+    directory whose tokenizer counts tokens; `json_file` gets every finding and must not exist yet.
+
+    Raises:
+        UserError: files, settings or a config that cannot be read.
+    """
+    target = find_target(data, data_format, model)
+    if max_length is not None:
+        target = target._replace(max_length=max_length)
+    if target.max_length is not None and target.tokenizer is None and max_length is not None:
+        raise UserError(f"--max-length {max_length} counts tokens, which needs a tokenizer: --model DIR.")
+    files = expand(target.path)
+    linter = row_linter(target)
+    with ExitStack() as stack:
+        report = Report(limit, stack.enter_context(open_new(json_file)) if json_file else None)
+        num_rows = check_files(files, linter, report)
+    print("\n".join(report.lines()))
+    print(f"{num_rows:,} rows of {len(files):,} {'file' if len(files) == 1 else 'files'} checked.")
+    if target.tokenizer is None:
+        print("Lengths in tokens were not checked: --model DIR names a tokenizer, --max-length N a bound.")
+    return EXIT_CLEAN if report.is_clean else EXIT_FOUND
+
+
+def find_target(data: Sequence[str], data_format: str | None, model: str | None) -> Target:
+    """What the command line names: a config with settings, or data files."""
+    if data[0] in PRESETS or data[0].endswith(".py"):
+        target = target_of_config(data[0], data[1:])
+    elif data_format is None:
+        raise UserError(f"--format is missing. Known: {', '.join(FORMATS)}.")
+    else:
+        target = Target(list(data), data_format)
+    if data_format is not None:
+        if data_format not in FORMATS:
+            raise UserError(
+                f"--format {data_format} is not known: {', '.join(FORMATS)}.{nearest(data_format, FORMATS)}"
+            )
+        target = target._replace(data_format=data_format)
+    if model is None:
+        return target
+    from tuner.model.tokenizer import build_tokenizer  # brings torch and transformers
+
+    tokenizer = build_tokenizer(model)
+    return target._replace(tokenizer=tokenizer, rendering=target.rendering or Rendering(find_template(tokenizer)))
+
+
+def find_template(tokenizer: Any) -> str:
+    """The first template whose marks the tokenizer has."""
+    problems = []
+    for name, template in CHAT_TEMPLATES.items():
+        try:
+            Encoder.from_tokenizer(tokenizer, template)
+        except UserError as problem:
+            problems.append(str(problem))
+        else:
+            return name
+    raise UserError(problems[0])
+
+
+def target_of_config(name: str, settings: Sequence[str]) -> Target:
+    """The data, format and tokenizer of a config; nothing of its model is looked at."""
+    from tuner.check import DATA_PARTS, check
+    from tuner.engine.assemble import Assembly
+
+    pairs = [setting.partition("=") for setting in settings]
+    if any(not equals for _, equals, _ in pairs):
+        raise UserError(f"Behind a config come its settings, name=value; got {' '.join(settings)}.")
+    config = loads(render(name, {key: value for key, _, value in pairs}), name)
+    check(config, DATA_PARTS)
+    node = config.train_dataloader.dataset.shards
+    target = Assembly(config).build({**node, "type": as_target})
+    assert isinstance(target, Target)
+    return target
+
+
+def as_target(
+    path: str | list[str],
+    *,
+    data_format: str | Format,
+    chat_template: str | Rendering,
+    tokenizer: Any,
+    max_length: int,
+    **_: Any,
+) -> Target:
+    """Takes the place of `build_shards` in a config."""
+    rendering = Rendering(chat_template) if isinstance(chat_template, str) else chat_template
+    return Target(path, data_format, tokenizer, rendering, max_length)
+
+
+def row_linter(target: Target) -> RowLinter:
+    """The checks for a target, with an encoder that never cuts where there is a tokenizer."""
+    to_sample = FORMATS[target.data_format] if isinstance(target.data_format, str) else target.data_format
+    if target.tokenizer is None or target.rendering is None:
+        return RowLinter(to_sample)
+    template = CHAT_TEMPLATES[target.rendering.chat_template]
+    encoder = Encoder.from_tokenizer(target.tokenizer, template)
+    choices = (target.rendering.loss_on, target.rendering.train_newline)
+    rows = RowEncoder(to_sample, template, encoder, UNCUT, "truncate", "skip", *choices)
+    return RowLinter(to_sample, rows, target.max_length)
+
+
+def check_files(files: Sequence[Path], linter: RowLinter, report: Report) -> int:
+    """Put what every check finds into the report; returns the number of rows."""
+    names = [str(file) for file in files]
+    size = sum(file.stat().st_size for file in files)
+    num_workers = num_cores() if size > SMALL_BYTES and travels(linter) else 1
+    facts: list[Facts] = []
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="checking", mininterval=0.5 if sys.stderr.isatty() else 15.0)
+    with bar, Workers(linter, num_workers=num_workers) as workers:
+        for number, file in enumerate(files):
+            position = 0
+            for linted in workers.map(readable_chunks(file, report)):
+                add_all(linted, str(file), report)
+                linted.facts.rows["file"] = number
+                facts.append(linted.facts)
+                bar.update(linted.position - position)
+                position = linted.position
+    joined = join(facts)
+    for check, compare in TOGETHER.items():
+        for row, problem in compare(joined, names):
+            line = int(joined.rows["line"][row])
+            report.add(Finding(names[joined.rows["file"][row]], line, check, *problem))
+    return len(joined.rows)
+
+
+def readable_chunks(file: Path, report: Report) -> Iterator[Chunk]:
+    """The chunks of a file; where it cannot be read on, that is a finding and its end."""
+    try:
+        yield from read_chunks(file)
+    except UserError as problem:
+        report.add(Finding(str(file), 0, "unreadable", "error", str(problem)))
+
+
+def add_all(linted: Linted, file: str, report: Report) -> None:
+    """Put the findings of a chunk into the report."""
+    for line, check, problem in linted.found:
+        report.add(Finding(file, line, check, *problem))
+
+
+def travels(linter: RowLinter) -> bool:
+    """Whether the checks can be sent to other processes: a config may hold a function that cannot."""
+    try:
+        pickle.dumps(linter)
+    except (pickle.PicklingError, AttributeError, TypeError) as problem:
+        warnings.warn(
+            f"Checking on one core: the data_format function cannot be sent to others ({problem}).", stacklevel=2
+        )
+        return False
+    return True
+
+
+def open_new(path: Path) -> TextIO:
+    """A file to write that did not exist before."""
+    try:
+        return path.open("x", encoding="utf-8")
+    except FileExistsError as problem:
+        raise UserError(f"{path} exists already; nothing was checked. Choose another name for --json.") from problem
+    except OSError as problem:
+        raise UserError(f"{path} cannot be written: {problem.strerror}.") from problem
