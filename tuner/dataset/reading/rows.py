@@ -6,7 +6,7 @@ from typing import BinaryIO, NamedTuple
 
 from tuner.errors import UserError
 
-MAX_ROW_BYTES = 64 << 20  # tokenising takes about 20 times a row's size in memory
+MAX_ROW_BYTES = 16 << 20  # tokenising takes about 80 times a row's size in memory: 1.3 GB
 QUARANTINED_BYTES = 1 << 16  # what is kept of a row that is too large to hold
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")

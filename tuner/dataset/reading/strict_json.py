@@ -38,6 +38,8 @@ def parse_row(content: bytes) -> dict[str, Any]:
         found = content[error.start : error.start + 4].hex(" ")
         raise UserError(f"not UTF-8 (the bytes {found} at column {error.start + 1}). Save it as UTF-8.") from error
     row = loads(text)
+    if isinstance(row, list) and row and all(isinstance(part, dict) and "role" in part for part in row):
+        return {"messages": row}  # the lab's files hold bare lists of messages
     if not isinstance(row, dict):
         raise UserError(f"a {type(row).__name__}. Expected: one JSON object ({{...}}) a row.")
     return row

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.dataset.reading.rows import Row
 from tuner.dataset.reading.lines import read_lines
+from tuner.dataset.reading.rows import Row
 from tuner.errors import UserError
 
 ENDING = ".bin"
