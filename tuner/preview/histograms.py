@@ -70,7 +70,7 @@ def of_sources(names: Sequence[str], tokens: Sequence[int]) -> Histogram:
     if rest:
         labels.append(f"{len(rest):,} others")
         counts.append(sum(tokens[place] for place in rest))
-    return Histogram("sources", f"tokens by source: {len(names):,} files, {sum(tokens):,} tokens", labels, counts)
+    return Histogram("sources", f"tokens by source: {sum(tokens):,} in all", labels, counts)
 
 
 def bin_edges(values: NDArray[np.int64]) -> list[int]:

@@ -12,6 +12,7 @@ from tuner.preview.samples import (
     PackView,
     Span,
     heading,
+    notes,
     pack_heading,
     spans,
     tail_spans,
@@ -67,12 +68,7 @@ def draw_pack(pack: PackView, vocabulary: Vocabulary, shown: int) -> Iterator[st
     yield f'<section class="pack"><h2>{escape(pack_heading(pack))}</h2>'
     for document in pack.documents[:shown]:
         yield draw_document(document, vocabulary, pack.cuts)
-    hidden = pack.documents[shown:]
-    if hidden:
-        tokens = sum(len(document.ids) for document in hidden)
-        yield f'<p class="n">{len(hidden):,} more documents of this pack, {tokens:,} tokens</p>'
-    if pack.padding:
-        yield f'<p class="n">padding: {pack.padding:,} tokens, never trained</p>'
+    yield from (f'<p class="n">{escape(note)}</p>' for note in notes(pack, shown))
     yield "</section>"
 
 

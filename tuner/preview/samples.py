@@ -119,7 +119,7 @@ def tail_spans(document: DocumentView, vocabulary: Vocabulary, limit: int) -> It
 
 def heading(document: DocumentView) -> str:
     """One line about a document."""
-    counts = f"{len(document.ids):,} tokens, {document.num_trained:,} trained"
+    counts = f"{counted(len(document.ids), 'token')}, {document.num_trained:,} trained"
     return f"document {document.number} · {visible(document.source)} · {counts}"
 
 
@@ -127,12 +127,25 @@ def pack_heading(pack: PackView) -> str:
     """One line about a pack."""
     parts = [f"step {pack.step}", f"epoch {pack.epoch}"]
     parts.append(f"micro-batch {pack.micro_batch + 1} of {pack.num_micro_batches}")
-    parts.append(f"{len(pack.documents):,} documents in {pack.num_tokens:,} tokens")
-    if pack.padding:
-        parts.append(f"{pack.padding:,} of them padding")
+    parts.append(f"{counted(len(pack.documents), 'document')} in {counted(pack.num_tokens, 'token')}")
     if pack.cuts:
         parts.append(f"sequence-parallel cuts before tokens {', '.join(map(str, pack.cuts))}")
     return " · ".join(parts)
+
+
+def notes(pack: PackView, shown: int) -> Iterator[str]:
+    """What a pack holds beside the documents that are shown."""
+    hidden = pack.documents[shown:]
+    if hidden:
+        tokens = sum(len(document.ids) for document in hidden)
+        yield f"{counted(len(hidden), 'more document')} of this pack, {counted(tokens, 'token')} (-n shows more)"
+    if pack.padding:
+        yield f"{counted(pack.padding, 'token')} of padding, never trained"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 document, 1,200 documents."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def steps(dataloader: Any, step: int | None) -> Iterator[tuple[StepPlan, list[Batch]]]:

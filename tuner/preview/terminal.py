@@ -5,7 +5,16 @@ from itertools import groupby
 from typing import NamedTuple
 
 from tuner.preview.characters import Vocabulary
-from tuner.preview.samples import DocumentView, PackView, Span, heading, pack_heading, spans, tail_spans
+from tuner.preview.samples import (
+    DocumentView,
+    PackView,
+    Span,
+    heading,
+    notes,
+    pack_heading,
+    spans,
+    tail_spans,
+)
 
 TAIL_TOKENS = 200  # shown of what was cut off
 RESET = "\x1b[0m"
@@ -27,7 +36,7 @@ LOOKS: dict[str, Look] = {
     "trained special": Look(("1;38;5;229;48;5;22", "1;38;5;229;48;5;28"), "«", "»"),
     "cut": Look(("9;38;5;231;48;5;88", "9;38;5;231;48;5;124"), "⟪cut: ", "⟫"),
 }
-CUT_SIGN = "✂"
+CUT_SIGN = "⟨✂{}⟩"
 
 
 def legend(*, colour: bool, cuts: bool) -> str:
@@ -36,7 +45,7 @@ def legend(*, colour: bool, cuts: bool) -> str:
         words = "  ".join(_painted(name, look.shades[0]) for name, look in LOOKS.items())
     else:
         words = "⟦trained⟧  masked  «special token»  ⟪cut: taken by max_length⟫"
-    return f"{words}  {CUT_SIGN}1 here begins the part of sequence-parallel rank 1" if cuts else words
+    return f"{words}  {CUT_SIGN.format(1)} here begins the part of sequence-parallel rank 1" if cuts else words
 
 
 def draw_pack(pack: PackView, vocabulary: Vocabulary, *, shown: int, colour: bool) -> Iterator[str]:
@@ -45,12 +54,7 @@ def draw_pack(pack: PackView, vocabulary: Vocabulary, *, shown: int, colour: boo
     for place, document in enumerate(pack.documents[:shown]):
         yield f"{'├' if place else '┌'}─ {heading(document)}"
         yield from (f"{INDENT}{line}" for line in draw_document(document, vocabulary, pack.cuts, colour=colour))
-    hidden = pack.documents[shown:]
-    if hidden:
-        tokens = sum(len(document.ids) for document in hidden)
-        yield f"├─ {len(hidden):,} more documents of this pack, {tokens:,} tokens (-n shows more)"
-    if pack.padding:
-        yield f"├─ padding: {pack.padding:,} tokens, never trained"
+    yield from (f"├─ {note}" for note in notes(pack, shown))
     yield "└─"
 
 
@@ -80,7 +84,7 @@ def _draw_tail(document: DocumentView, vocabulary: Vocabulary, *, colour: bool) 
 def _in_colour(shown: Iterable[Span]) -> str:
     parts = []
     for place, span in enumerate(shown):
-        parts.append("" if span.cut is None else f" {CUT_SIGN}{span.cut} ")
+        parts.append("" if span.cut is None else CUT_SIGN.format(span.cut))
         parts.append(_painted(span.text, LOOKS[_kind(span)].shades[place % 2]))
     return "".join(parts)
 
@@ -95,7 +99,7 @@ def _in_brackets(shown: Iterable[Span]) -> str:
 
 
 def _bracketed(span: Span) -> str:
-    sign = "" if span.cut is None else f"{CUT_SIGN}{span.cut} "
+    sign = "" if span.cut is None else CUT_SIGN.format(span.cut)
     look = LOOKS["special"]
     return sign + (f"{look.opening}{span.text}{look.closing}" if span.special else span.text)
 
