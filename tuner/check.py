@@ -14,7 +14,7 @@ from tuner.configs.options import NAMED, parameters
 from tuner.dataset.build import build_shards
 from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
-from tuner.dataset.formats import FORMATS
+from tuner.dataset.format_choice import mistake_in
 from tuner.dataset.rendering import LOSS_ON
 from tuner.dataset.sources import expand
 from tuner.demo.files import PREFIX
@@ -107,7 +107,6 @@ CHOICES: dict[str, Collection[str]] = {
     "weights": WEIGHTS,
     "too_long": TOO_LONG,
     "on_bad_row": ON_BAD_ROW,
-    "data_format": FORMATS,
     "chat_template": CHAT_TEMPLATES,
     "loss_on": LOSS_ON,
 }
@@ -203,9 +202,10 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
         name = OTHER_NAMES.get(name, name)
         if name in RULES and not RULES[name].holds(value):
             problems.setdefault((name, repr(value)), f"{path} = {value!r}: allowed is {RULES[name].words}.")
-        # a function row -> sample in the format's place; a node, whose own entries are looked at
-        is_own = (name == "data_format" and callable(value)) or isinstance(value, Mapping)
-        if name in CHOICES and not is_own and (not isinstance(value, str) or value not in CHOICES[name]):
+        if name == "data_format" and (mistake := mistake_in(value)) is not None:
+            problems.setdefault((name, repr(value)), f"{path} = {value!r}: {mistake}")
+        is_node = isinstance(value, Mapping)  # whose own entries are looked at
+        if name in CHOICES and not is_node and (not isinstance(value, str) or value not in CHOICES[name]):
             allowed = f"allowed is one of {', '.join(CHOICES[name])}."
             text = f"{path} = {value!r}: {allowed}{did_you_mean(value, CHOICES[name])}"
             problems.setdefault((name, repr(value)), text)

@@ -12,8 +12,11 @@ from typing import Any
 
 from tuner.errors import UserError
 
-# Modules of this package that act after the shards are written, so that a change in them changes no shard.
-AFTER_SHARDS = ("__init__", "build", "cache", "collate", "packing", "prepare", "sampler", "sources", "workers")
+# Modules of this package that act before rows are read or after shards are written: a change in them changes none.
+AFTER_SHARDS = (
+    *("__init__", "build", "cache", "collate", "detection"),
+    *("packing", "prepare", "sampler", "sources", "workers"),
+)
 
 
 def digest(ingredients: dict[str, Any]) -> str:

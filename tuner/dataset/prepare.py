@@ -4,7 +4,6 @@ import json
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,8 @@ from tqdm import tqdm
 from tuner.dataset.cache import build_once, writing
 from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG, EncodedChunk, RowEncoder
-from tuner.dataset.fingerprint import callable_digest, changes, code_digest, digest
-from tuner.dataset.formats import FORMATS
+from tuner.dataset.fingerprint import changes, code_digest, digest
+from tuner.dataset.format_choice import Format, choose_format, mistake_in
 from tuner.dataset.ledger import Ledger
 from tuner.dataset.read import Chunk, file_kind, read_chunks
 from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
@@ -30,7 +29,6 @@ from tuner.errors import UserError
 from tuner.nearest import nearest
 
 SMALL_BYTES = 4 << 20  # tokenised sooner than worker processes have started
-Format = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def build_shards(
@@ -46,18 +44,17 @@ def build_shards(
 ) -> Shards:
     """Tokenise data files (paths, globs, `demo:` names), or open what an earlier run has made of them.
 
-    `data_format` is a key of FORMATS or a function row -> sample, `chat_template` one of CHAT_TEMPLATES or a Rendering,
-    which also says what is trained. Documents over `max_length` tokens are cut short, cut into pieces or dropped, as
-    `too_long` says; a bad row stops the work or is written aside, as `on_bad_row` says. `cache_dir` is by default
-    `shards` in $TUNER_CACHE or ~/.cache/tuner. Raises UserError for bad settings or data.
+    `data_format` is a key of FORMATS, "auto", module:function or a function row -> sample, `chat_template` one of
+    CHAT_TEMPLATES or a Rendering, which also says what is trained. Documents over `max_length` tokens are cut short,
+    cut into pieces or dropped, as `too_long` says; a bad row stops the work or is written aside, as `on_bad_row` says.
+    `cache_dir` is by default `shards` in $TUNER_CACHE or ~/.cache/tuner. Raises UserError for bad settings or data.
     """
     rendering = Rendering(chat_template) if isinstance(chat_template, str) else chat_template
     _check_settings(data_format, rendering, max_length, too_long, on_bad_row)
     files = expand(path)
     template = CHAT_TEMPLATES[rendering.chat_template]
     encoder = Encoder.from_tokenizer(tokenizer, template)
-    to_sample = FORMATS[data_format] if isinstance(data_format, str) else data_format
-    name = data_format if isinstance(data_format, str) else callable_digest(data_format)
+    name, to_sample = choose_format(data_format, files)
     choices = (rendering.loss_on, rendering.train_newline)
     rows = RowEncoder(to_sample, template, encoder, max_length, too_long, on_bad_row, *choices)
     ingredients = {"data_format": name, **asdict(rendering)}
@@ -194,9 +191,9 @@ def _travels(rows: RowEncoder) -> bool:
 def _check_settings(
     data_format: str | Format, rendering: Rendering, max_length: int, too_long: str, on_bad_row: str
 ) -> None:
-    problems = []
+    mistake = mistake_in(data_format)
+    problems = [f"data_format={data_format!r}: {mistake}"] if mistake else []
     for name, value, allowed in (
-        ("data_format", data_format if isinstance(data_format, str) else None, FORMATS),
         ("chat_template", rendering.chat_template, CHAT_TEMPLATES),
         ("loss_on", rendering.loss_on, LOSS_ON),
         ("too_long", too_long, TOO_LONG),

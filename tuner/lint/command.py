@@ -13,7 +13,9 @@ from tqdm import tqdm
 from tuner.config import PRESETS, loads, render
 from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import RowEncoder
+from tuner.dataset.format_choice import choose_format
 from tuner.dataset.formats import FORMATS
+from tuner.dataset.formats.detection import AUTO
 from tuner.dataset.read import Chunk, read_chunks
 from tuner.dataset.rendering import Rendering
 from tuner.dataset.sources import expand
@@ -84,9 +86,9 @@ def find_target(data: Sequence[str], data_format: str | None, model: str | None)
     else:
         target = Target(list(data), data_format)
     if data_format is not None:
-        if data_format not in FORMATS:
+        if data_format not in (AUTO, *FORMATS):
             raise UserError(
-                f"--format {data_format} is not known: {', '.join(FORMATS)}.{nearest(data_format, FORMATS)}"
+                f"--format {data_format} is not known: {AUTO}, {', '.join(FORMATS)}.{nearest(data_format, FORMATS)}"
             )
         target = target._replace(data_format=data_format)
     if model is None:
@@ -142,7 +144,7 @@ def as_target(
 
 def row_linter(target: Target) -> RowLinter:
     """The checks for a target, with an encoder that never cuts where there is a tokenizer."""
-    to_sample = FORMATS[target.data_format] if isinstance(target.data_format, str) else target.data_format
+    _, to_sample = choose_format(target.data_format, expand(target.path))
     if target.tokenizer is None or target.rendering is None:
         return RowLinter(to_sample)
     template = CHAT_TEMPLATES[target.rendering.chat_template]

@@ -24,7 +24,7 @@ precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward co
 
 # settings: the data
 data_path: str | list[str] = "text.jsonl"  # file, pattern such as "data/*.jsonl", or a list of them
-data_format = "text"  # rows with a "text"; other formats are those of the recipe sft_full
+data_format = "text"  # rows with a "text"; "auto" looks into them; `tuner list-formats` shows the others
 chat_template = "internlm2"  # the one that the model was made with: text never becomes one of its special tokens
 max_length = 32768  # tokens in a pack, and at most in a document
 too_long = "split"  # what happens to a longer document: "truncate", "split" or "drop"; counted in the ledger

@@ -25,7 +25,7 @@ precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward co
 
 # settings: the data
 data_path: str | list[str] = "train.jsonl"  # file, pattern such as "data/*.jsonl", or a list of them
-data_format = "openai"  # "openai" (rows with messages), "alpaca" (instruction, input, output) or "text"
+data_format = "openai"  # what rows look like: "openai", "auto" (looks into them) or another of `tuner list-formats`
 chat_template = "internlm2"  # how turns become tokens: the one that the model was made with
 loss_on = "assistant"  # every "assistant" turn; the "last" only; tool "calls" only; or the "thoughts" before a call
 train_newline = False  # whether what stands behind an answer's end mark is trained: "\n", nothing in Llama 3

@@ -57,3 +57,8 @@ EXAMPLES: dict[str, Row] = {
     "preference": PREFERENCE_EXAMPLE,
     "tokens": TOKENS_EXAMPLE,
 }
+# What can be read but not trained on, and what to do.
+UNTRAINED = {
+    "preference": "No method trains on preference pairs yet; supervised fine-tuning takes one answer a row. "
+    "Keep the chosen one, as openai messages."
+}
