@@ -105,10 +105,15 @@ def test_the_interpreter_transcript_comes_out_token_for_token(encoder: Encoder):
     assert with_newline.trained.sum() == 28  # as the lab trains it
 
 
-def test_a_leading_newline_does_not_merge_with_the_turn_s_own(encoder: Encoder):
+def test_a_leading_newline_merges_as_in_the_whole_text_but_never_with_the_prompt(
+    encoder: Encoder, tokenizer: PreTrainedTokenizerFast
+):
     messages = [{"role": "user", "content": "\nfoo"}, {"role": "assistant", "content": "\nfoo"}]
     ids = encoded(encoder, [{"messages": messages}])[0].ids.tolist()
-    assert ids == [1, START, 1008, 364, 364, 8110, END, 364, START, 525, 11353, 364, 364, 8110, END, 364]
+    assert ids == [1, START, 1008, 402, 8110, END, 364, START, 525, 11353, 364, 364, 8110, END, 364]
+    prompt = encoder.encode([render({"messages": messages[:1]}, TEMPLATE, add_generation_prompt=True)])[0].ids.tolist()
+    assert ids[: len(prompt)] == prompt
+    assert through_jinja(tokenizer, {"messages": messages[:1]}, TEMPLATE.jinja) == prompt[:-4]
 
 
 def glaive_rows(shared_data: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -51,6 +51,11 @@ class ChatTemplate:
     tools: ActionGrammar | ToolCallGrammar | None
     jinja: str  # what `tokenizer.apply_chat_template` needs for the same tokens
 
+    @property
+    def prompt(self) -> str:
+        """What stands before the model's own words: generation begins behind it."""
+        return self.before_role + "assistant" + self.after_role
+
 
 # Macros come first: a call renders an action turn; a system turn per kind of tool stands behind the first system turn,
 # or at the very beginning. Parallel calls become one turn each, followed by the result that answers it.

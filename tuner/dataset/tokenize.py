@@ -17,14 +17,18 @@ from tuner.dataset.plain_tokenizer import PlainTokenizer, is_vocabulary
 from tuner.dataset.templates import ChatTemplate
 from tuner.errors import UserError
 
-CODE_VERSION = 1  # raise it when the same rows, tokenizer and template give other tokens than before
+CODE_VERSION = 2  # raise it when the same rows, tokenizer and template give other tokens than before
 
 
 class Document(NamedTuple):
-    """Token ids (tokens,) uint32 and whether each is trained (tokens,) bool."""
+    """Token ids (tokens,) uint32 and whether each is trained (tokens,) bool.
+
+    `weights` (tokens,) float32 is what each trained token weighs in the loss, None where all of them weigh 1.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
+    weights: np.ndarray | None = None
 
 
 class FastTokenizer(Protocol):
@@ -61,7 +65,7 @@ class Encoder:
         self._is_special[list(special_ids.values())] = True
         marks = [mark for mark in template.special_tokens if mark in special_ids]
         self._marks = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")")
-        self._written: dict[str, list[int]] = {}  # the template writes the same few texts again and again
+        self._written: dict[str, list[str]] = {}  # the template writes the same few texts again and again
 
     @classmethod
     def from_tokenizer(cls, tokenizer: FastTokenizer, template: ChatTemplate) -> "Encoder":
@@ -100,15 +104,16 @@ class Encoder:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that can come out."""
-        return max(len(self._is_special) - 1, *self._plain.get_vocab().values())
+        return max(len(self._is_special) - 1, 1 + max(self._plain.get_vocab().values()))
 
     def encode(self, samples: Sequence[Sequence[Segment]]) -> list[Document]:
         """Each sample's segments, one after the other, to one document; the samples' plain texts go in one batch."""
+        samples = [self._joined(sample) for sample in samples]
         segments = list(chain.from_iterable(samples))
         texts = list(dict.fromkeys(segment.text for segment in segments if not segment.special))
         encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         plain = {text: encoding.ids for text, encoding in zip(texts, encodings)}
-        parts = [self._written_ids(part.text) if part.special else plain[part.text] for part in segments]
+        parts = [[self._special_ids[part.text]] if part.special else plain[part.text] for part in segments]
         lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
         ids = np.fromiter(chain.from_iterable(parts), dtype=np.uint32, count=lengths.sum())
         trained = np.repeat(np.array([segment.trained for segment in segments], dtype=bool), lengths)
@@ -117,22 +122,42 @@ class Encoder:
         assert not self._is_special.take(ids[~special], mode="clip").any(), "plain text became a special token"
         ends = np.concatenate([[0], lengths.cumsum()])  # of segments, in tokens
         edges = [int(ends[num_segments]) for num_segments in accumulate(map(len, samples), initial=0)]
-        return [Document(ids[start:end], trained[start:end]) for start, end in pairwise(edges)]
+        documents = [Document(ids[start:end], trained[start:end]) for start, end in pairwise(edges)]
+        weights = np.array([segment.weight for segment in segments], np.float32)
+        if (weights == 1).all():
+            return documents
+        spread = weights.repeat(lengths)
+        slices = [spread[start:end] for start, end in pairwise(edges)]
+        return [d._replace(weights=None if (w == 1).all() else w) for d, w in zip(documents, slices)]
 
-    def _written_ids(self, text: str) -> list[int]:
-        """A text of the template itself: its marks by look-up, the words between them as plain text."""
+    def _joined(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Marks one by one, and between them the longest texts: so a tokenizer reads the conversation as a whole, too.
+
+        Two texts stay apart where one is trained and the other is not, and behind the header of the model's turn, where
+        generation begins: there the ids are those of the prompt and what is generated, not of the text as a whole.
+        """
+        joined: list[Segment] = []
+        is_open = False
+        for segment in segments:
+            for text in self._split(segment.text) if segment.special else (segment.text,):
+                is_mark = segment.special and text in self._special_ids
+                last = joined[-1] if is_open else None
+                if last is not None and not is_mark and last[1:2] + last[3:] == segment[1:2] + segment[3:]:
+                    joined[-1] = last._replace(text=last.text + text)
+                else:
+                    joined.append(segment._replace(text=text, special=is_mark))
+                is_open = not is_mark
+            is_open = is_open and not (segment.special and segment.text.endswith(self._template.prompt))
+        return joined
+
+    def _split(self, text: str) -> list[str]:
+        """A text of the template, cut at its marks."""
         if text not in self._written:
-            ids: list[int] = []
-            for piece in filter(None, self._marks.split(text)):
-                known = self._special_ids.get(piece)
-                ids += self._plain.encode(piece, add_special_tokens=False).ids if known is None else [known]
-            self._written[text] = ids
+            self._written[text] = [piece for piece in self._marks.split(text) if piece]
         return self._written[text]
 
 
-def _rebuild(
-    source: PlainTokenizer, template: ChatTemplate, special_ids: dict[str, int], fingerprint: str
-) -> Encoder:
+def _rebuild(source: PlainTokenizer, template: ChatTemplate, special_ids: dict[str, int], fingerprint: str) -> Encoder:
     return Encoder(source, template, special_ids=special_ids, fingerprint=fingerprint)
 
 
