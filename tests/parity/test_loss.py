@@ -26,13 +26,23 @@ def make_inputs(dtype=torch.float64, share_ignored: float = 0.4) -> tuple[torch.
     return hidden, weight, labels
 
 
-def naive(hidden, weight, labels, num_loss_tokens) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32)), labels,
-                           reduction="sum", ignore_index=IGNORE_INDEX) / num_loss_tokens  # fmt: skip
+def make_weights() -> torch.Tensor:
+    """(T,) fp32 as a batch brings them: of one token in three 1, of the others from 0.001 to 1000."""
+    weights = 10 ** (6 * torch.rand(TOKENS, generator=torch.Generator().manual_seed(2)) - 3)
+    weights[::3] = 1
+    return weights
 
 
-def loss_and_gradients(function, hidden, weight, labels, num_loss_tokens=100, scale=1.0) -> list[torch.Tensor]:
-    value = function(hidden, weight, labels, num_loss_tokens)
+def naive(hidden, weight, labels, num_loss_tokens, loss_weights=None) -> torch.Tensor:
+    losses = F.cross_entropy(F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32)), labels,
+                             reduction="none", ignore_index=IGNORE_INDEX)  # fmt: skip
+    return (losses if loss_weights is None else losses * loss_weights).sum() / num_loss_tokens
+
+
+def loss_and_gradients(
+    function, hidden, weight, labels, num_loss_tokens=100, scale=1.0, loss_weights=None
+) -> list[torch.Tensor]:
+    value = function(hidden, weight, labels, num_loss_tokens, loss_weights)
     return [value.detach(), *torch.autograd.grad(value * scale, [t for t in (hidden, weight) if t.requires_grad])]
 
 
@@ -49,6 +59,58 @@ def test_loss_and_gradients_equal_cross_entropy(dtype, tolerance, share_ignored,
     monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
     inputs = make_inputs(dtype, share_ignored)
     assert_same(loss_and_gradients(linear_cross_entropy, *inputs), loss_and_gradients(naive, *inputs), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("share_ignored", [0.0, 0.4, 0.99])
+@pytest.mark.parametrize("chunk", [1, 5, 37])
+def test_weighted_loss_and_gradients_equal_cross_entropy(dtype, tolerance, share_ignored, chunk, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    inputs, weights = make_inputs(dtype, share_ignored), make_weights()
+    got, expected = (
+        loss_and_gradients(function, *inputs, 321.5, loss_weights=weights) for function in (linear_cross_entropy, naive)
+    )
+    assert_same(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_of_one_are_bit_for_bit_no_weights(autocast):
+    inputs = make_inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = loss_and_gradients(linear_cross_entropy, *inputs)
+        ones = loss_and_gradients(linear_cross_entropy, *inputs, loss_weights=torch.ones(TOKENS))
+    assert all(torch.equal(one, other) for one, other in zip(ones, plain, strict=True))
+
+
+def test_a_weight_of_two_is_the_token_twice_and_of_zero_the_token_ignored():
+    hidden, weight, labels = make_inputs(share_ignored=0.0)
+    weights = torch.ones(TOKENS)
+    weights[3], weights[7] = 2, 0
+    got = loss_and_gradients(linear_cross_entropy, hidden, weight, labels, loss_weights=weights)
+    twice, masked = torch.cat([hidden, hidden[3:4]]), torch.cat([labels, labels[3:4]])
+    masked[7] = IGNORE_INDEX
+    value = linear_cross_entropy(twice, weight, masked, 100)
+    assert_same(got, [value.detach(), *torch.autograd.grad(value, [hidden, weight])], 1e-12)
+
+
+def test_a_sum_of_weights_below_one_divides_as_it_is():
+    hidden, weight, labels = make_inputs()
+    weights = torch.full((TOKENS,), 1e-3)
+    got = loss_and_gradients(linear_cross_entropy, hidden, weight, labels, 0.022, loss_weights=weights)
+    assert_same(got, loss_and_gradients(naive, hidden, weight, labels, 22), 1e-7)  # 0.001 is not exact in fp32
+
+
+def test_autocast_multiplies_weights_in_fp32():
+    """Weights that bf16 cannot hold: rounded to it, each would be off by up to 1 in 256."""
+    inputs, weights = make_inputs(torch.float32, 0.0), make_weights()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, got = (loss_and_gradients(linear_cross_entropy, *inputs, loss_weights=w) for w in (None, weights))
+        alone = [linear_cross_entropy(h, inputs[1], y, 1) for h, y in zip(inputs[0].split(1), inputs[2].split(1))]
+    expected = sum(w * one.double() for w, one in zip(weights.double(), alone)) / 100
+    torch.testing.assert_close(got[0].double(), expected.detach(), rtol=1e-6, atol=0)
+    ratio = (got[1].norm(dim=1) / plain[1].norm(dim=1)) / weights  # of one token: scaled, and rounded to bf16 once
+    assert (ratio - 1).abs().max() < 5e-3
+    assert [tensor.dtype for tensor in got] == [torch.float32] * 3
 
 
 @pytest.mark.parametrize("scale", [1000.0, 1e-3])
@@ -68,6 +130,15 @@ def test_the_divisor_is_the_steps_count_so_that_pieces_add_up_to_the_whole():
         linear_cross_entropy(h, weight, y, 22) for h, y in zip(hidden.split([1, 20, 16]), labels.split([1, 20, 16]))
     ]
     total = sum(pieces)
+    assert_same([total.detach(), *torch.autograd.grad(total, [hidden, weight])], whole, 1e-12)
+
+
+def test_weighted_pieces_add_up_to_the_whole():
+    hidden, weight, labels = make_inputs()
+    weights = make_weights()
+    whole = loss_and_gradients(linear_cross_entropy, hidden, weight, labels, 22.25, loss_weights=weights)
+    parts = zip(*(tensor.split([1, 20, 16]) for tensor in (hidden, labels, weights)))
+    total = sum(linear_cross_entropy(h, weight, y, 22.25, w) for h, y, w in parts)
     assert_same([total.detach(), *torch.autograd.grad(total, [hidden, weight])], whole, 1e-12)
 
 

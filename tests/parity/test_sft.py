@@ -53,7 +53,14 @@ def make_documents() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return documents
 
 
-def make_batch(documents: list[tuple[torch.Tensor, torch.Tensor]], num_loss_tokens: int) -> dict:
+def make_weights() -> list[torch.Tensor]:
+    """Of each document's labels, fp32: the first document's are all 1, the others' differ from token to token."""
+    generator = torch.Generator().manual_seed(4)
+    return [torch.rand(length, generator=generator) * 3 + 0.1 if i else torch.ones(length)
+            for i, length in enumerate(LENGTHS)]  # fmt: skip
+
+
+def make_batch(documents: list[tuple[torch.Tensor, torch.Tensor]], num_loss_tokens: float) -> dict:
     lengths = [len(ids) for ids, _ in documents]
     return {
         "input_ids": torch.cat([ids for ids, _ in documents])[None],
@@ -65,23 +72,38 @@ def make_batch(documents: list[tuple[torch.Tensor, torch.Tensor]], num_loss_toke
     }
 
 
-def run_step(method: SFT, division: list[list[int]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run_step(
+    method: SFT, division: list[list[int]], weights: list[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     documents = make_documents()
     num_loss_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in documents)
+    if weights is not None:
+        pairs = zip(weights, documents)
+        num_loss_tokens = sum(float(w[labels != IGNORE_INDEX].double().sum()) for w, (_, labels) in pairs)
     method.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for micro_batch in division:
-        loss = method(**make_batch([documents[i] for i in micro_batch], num_loss_tokens))["loss"]
+        batch = make_batch([documents[i] for i in micro_batch], num_loss_tokens)
+        if weights is not None and micro_batch != [0]:  # document 0 has weights of 1, so alone it has none
+            batch["loss_weights"] = torch.cat([weights[i] for i in micro_batch])[None]
+        loss = method(**batch)["loss"]
         loss.backward()
         total += loss.detach()
     return total, {name: parameter.grad for name, parameter in method.llm.named_parameters()}
 
 
-def plain_step(llm: PreTrainedModel, implementation: str = "sdpa") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def plain_step(
+    llm: PreTrainedModel, implementation: str = "sdpa", weights: list[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The mean over all trained tokens, document by document, by transformers' attention and torch's cross-entropy."""
     llm.set_attn_implementation(implementation)
     logits = torch.cat([llm(ids[None], use_cache=False).logits[0] for ids, _ in make_documents()])
-    loss = F.cross_entropy(logits, torch.cat([labels for _, labels in make_documents()]))
+    labels = torch.cat([labels for _, labels in make_documents()])
+    loss = F.cross_entropy(logits, labels)
+    if weights is not None:
+        trained, weight = labels != IGNORE_INDEX, torch.cat(weights).double()
+        chosen = logits.log_softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        loss = -(chosen * weight)[trained].sum() / weight[trained].sum()
     llm.zero_grad()
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in llm.named_parameters()}
@@ -100,6 +122,23 @@ def test_any_packing_and_accumulation_gives_the_step_of_one_big_batch(division, 
     method = SFT(make_llama(tie_word_embeddings=tied))
     assert method.head_is_product
     assert_same_step(run_step(method, division), plain_step(make_llama(tie_word_embeddings=tied)))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("division", DIVISIONS, ids=["one pack", "reversed", "one by one", "mixed"])
+def test_with_weights_too_any_packing_and_accumulation_gives_the_step_of_one_big_batch(division, tied):
+    """sum(weight * cross-entropy) / sum(weight) over the step, whatever the division; and it is not the plain mean."""
+    weights = make_weights()
+    got = run_step(SFT(make_llama(tie_word_embeddings=tied)), division, weights)
+    assert_same_step(got, plain_step(make_llama(tie_word_embeddings=tied), weights=weights))
+    assert (got[0] - plain_step(make_llama(tie_word_embeddings=tied))[0]).abs() > 1e-3
+
+
+def test_weights_of_one_give_bit_for_bit_the_step_without():
+    ones = [torch.ones(length) for length in LENGTHS]
+    plain, weighted = run_step(SFT(make_llama()), DIVISIONS[3]), run_step(SFT(make_llama()), DIVISIONS[3], ones)
+    assert torch.equal(plain[0], weighted[0])
+    assert all(torch.equal(plain[1][name], weighted[1][name]) for name in plain[1])
 
 
 def test_gradient_checkpointing_gives_the_same_step():
@@ -140,6 +179,8 @@ def test_a_head_that_is_more_than_a_product_is_found_and_used_as_it_is(make, imp
     with pytest.warns(UserWarning, match="more to its logits than a matrix product"):
         method = SFT(make())
     assert_same_step(run_step(method, DIVISIONS[3]), plain_step(make(), implementation), tolerance)
+    weights = make_weights()
+    assert_same_step(run_step(method, DIVISIONS[3], weights), plain_step(make(), implementation, weights), tolerance)
 
 
 def test_the_checks_leave_the_model_as_it_was():

@@ -10,6 +10,7 @@ from mmengine._strategy import BaseStrategy
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tuner.constants import IGNORE_INDEX
 from tuner.engine.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from tuner.engine.schedule import WarmupCosine
 from tuner.errors import UserError
@@ -23,7 +24,7 @@ OPTIMIZER = "optimizer.safetensors"
 class StepResult(NamedTuple):
     """What one optimizer step did; all plain numbers, so keeping them keeps no tensor alive."""
 
-    loss: float  # mean over the trained tokens of the step
+    loss: float  # mean over the trained tokens of the step, by their weights
     grad_norm: float  # before clipping
     lr: float  # the one this step used
     num_loss_tokens: int
@@ -168,7 +169,10 @@ def read_max_norm(optim_wrapper: Mapping[str, Any]) -> float | None:
 def count_tokens(batches: Sequence[Batch]) -> tuple[int, int, int]:
     """Trained tokens, all tokens and sum of squared document lengths of a step; read on the host, before the device."""
     lengths = torch.cat([batch["cu_seqlens"].diff().to(torch.int64) for batch in batches])
-    return batches[0]["num_loss_tokens"], int(lengths.sum()), int((lengths * lengths).sum())
+    num_loss_tokens = batches[0]["num_loss_tokens"]
+    if isinstance(num_loss_tokens, float):  # the sum of their weights: what they cost is their number
+        num_loss_tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+    return num_loss_tokens, int(lengths.sum()), int((lengths * lengths).sum())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tuner.constants import IGNORE_INDEX
 from tuner.errors import UserError
-from tuner.method.loss import linear_cross_entropy
+from tuner.method.loss import divisor, linear_cross_entropy
 from tuner.model.attention import check_edges
 
 PROBE_LENGTHS = (3, 4)  # documents of the check that SFT runs once
@@ -49,9 +49,12 @@ class SFT(torch.nn.Module):
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
-        num_loss_tokens: int,
+        num_loss_tokens: float,
+        loss_weights: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The loss of one micro-batch; summed over those of an optimizer step it is the mean per trained token.
+
+        With weights it is the weighted mean: sum(weight * cross-entropy) / sum(weight), both over the whole step.
 
         Args:
             input_ids: (1, T) int64, documents end to end.
@@ -59,7 +62,8 @@ class SFT(torch.nn.Module):
             position_ids: (1, T) int64, from 0 in each document.
             cu_seqlens: (documents + 1,) int32, edges of the documents.
             max_seqlen: tokens of the longest document.
-            num_loss_tokens: trained tokens of the whole optimizer step.
+            num_loss_tokens: trained tokens of the whole optimizer step; with weights, the sum of theirs.
+            loss_weights: (1, T) float, what each label weighs; None where all weigh 1.
         """
         check_edges(cu_seqlens, max_seqlen, input_ids.shape[1])
         batch = {
@@ -69,21 +73,31 @@ class SFT(torch.nn.Module):
             "max_seqlen": max_seqlen,
             "use_cache": False,
         }
+        weights = None if loss_weights is None else loss_weights[0]
         if not self.head_is_product:
-            return {"loss": own_head_loss(self.llm, batch, labels[0], num_loss_tokens)}
+            return {"loss": own_head_loss(self.llm, batch, labels[0], num_loss_tokens, weights)}
         hidden = self.llm.get_decoder()(**batch).last_hidden_state[0]  # (T, H)
-        weight = self.llm.get_output_embeddings().weight
-        return {"loss": linear_cross_entropy(hidden, weight, labels[0].to(hidden.device), num_loss_tokens)}
+        head = self.llm.get_output_embeddings().weight
+        weights = None if weights is None else weights.to(hidden.device)
+        return {"loss": linear_cross_entropy(hidden, head, labels[0].to(hidden.device), num_loss_tokens, weights)}
 
 
 def own_head_loss(
-    llm: PreTrainedModel, batch: dict[str, Any], labels: torch.Tensor, num_loss_tokens: int
+    llm: PreTrainedModel,
+    batch: dict[str, Any],
+    labels: torch.Tensor,
+    num_loss_tokens: float,
+    loss_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss by the model's own logits, of the trained tokens only: (trained, V) at once."""
     trained = (labels != IGNORE_INDEX).nonzero().flatten()
     logits = llm(**batch, logits_to_keep=trained).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels[trained], reduction="sum") / max(num_loss_tokens, 1)
+    if loss_weights is None:
+        loss_sum = F.cross_entropy(logits, labels[trained], reduction="sum")
+    else:
+        loss_sum = (F.cross_entropy(logits, labels[trained], reduction="none") * loss_weights[trained]).sum()
+    return loss_sum / divisor(num_loss_tokens)
 
 
 def probe(llm: PreTrainedModel, first_token: int) -> dict[str, Any]:
