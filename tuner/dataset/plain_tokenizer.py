@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -48,13 +49,13 @@ class PlainTokenizer:
             model={name: value for name, value in model.items() if name != "type" and value is not None},
             pieces=list(vocab),
             ids=np.fromiter(vocab.values(), np.int32, len(vocab)),
-            merges=_read_merges(b"[" + after.removesuffix(b"}}"), dict(zip(vocab, range(len(vocab)))), marks),
+            merges=_read_merges(b"[" + after.removesuffix(b"}}"), list(vocab), marks),
         )
 
     def build(self) -> Tokenizer:
         """The tokenizer; what it took to build it is given back to the system."""
         tokenizer = Tokenizer.from_str(json.dumps({**self.frame, "model": {"type": "BPE", "vocab": {}, "merges": []}}))
-        merges = [(self.pieces[left], self.pieces[right]) for left, right in self.merges.tolist()]
+        merges = list(zip(*(map(self.pieces.__getitem__, places) for places in self.merges.T.tolist())))
         tokenizer.model = models.BPE(dict(zip(self.pieces, self.ids.tolist())), merges, **self.model)
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         tokenizer.add_tokens(
@@ -65,14 +66,14 @@ class PlainTokenizer:
         return tokenizer
 
 
-def _read_merges(text: bytes, places: dict[str, int], marks: set[str]) -> NDArray[np.int32]:
-    """Pairs of places of pieces, without those that would lead to a mark."""
-    pairs = (
-        (places[left], places[right])
-        for left, right in json.loads(text)
-        if left + right not in marks and marks.isdisjoint((left, right))
-    )
-    return np.fromiter(chain.from_iterable(pairs), np.int32).reshape(-1, 2)
+def _read_merges(text: bytes, pieces: list[str], marks: set[str]) -> NDArray[np.int32]:
+    """Pairs of places in `pieces`, without those that have a mark or lead to one."""
+    words = list(chain.from_iterable(json.loads(text)))
+    leads = map(marks.__contains__, map(add, words[::2], words[1::2]))
+    barred = np.fromiter(leads, np.bool_, len(words) // 2)
+    places = dict(zip(pieces, range(len(pieces)))) | dict.fromkeys(marks, -1)
+    merges = np.fromiter(map(places.__getitem__, words), np.int32, len(words)).reshape(-1, 2)
+    return merges[~barred & (merges >= 0).all(1)]
 
 
 def is_vocabulary(token: Mapping[str, Any]) -> bool:
