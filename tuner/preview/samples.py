@@ -149,7 +149,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def steps(dataloader: Any, step: int | None) -> Iterator[tuple[StepPlan, list[Batch]]]:
-    """The plan and the batches of one step, or of all from the first; made by the dataset, as for training.
+    """The plan and the batches of one step, or of all of the first epoch; made by the dataset, as for training.
 
     Raises:
         UserError: a step that the run does not have.
@@ -159,4 +159,6 @@ def steps(dataloader: Any, step: int | None) -> Iterator[tuple[StepPlan, list[Ba
         raise UserError(f"--step {step}: the run has {num_steps:,} steps, counted from 0 to {num_steps - 1:,}.")
     for number in range(num_steps) if step is None else [step]:
         plan = dataloader.sampler.plan(number)
+        if step is None and plan.epoch > 0:
+            return  # the same documents again
         yield plan, dataloader.dataset[plan]

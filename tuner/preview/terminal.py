@@ -73,7 +73,8 @@ def _draw_tail(document: DocumentView, vocabulary: Vocabulary, *, colour: bool) 
     assert document.tail is not None
     if document.tail.problem:
         return f"\n(whether its end was cut is not known: {document.tail.problem})"
-    text = "".join(span.text for span in tail_spans(document, vocabulary, TAIL_TOKENS))
+    shown = tail_spans(document, vocabulary, TAIL_TOKENS)
+    text = "".join(span.text if colour else _bracketed(span) for span in shown)
     rest = len(document.tail.ids) - TAIL_TOKENS
     text += f" ... and {rest:,} tokens more" if rest > 0 else ""
     note = f"\n({len(document.tail.ids):,} tokens were cut off, for they go beyond max_length)"
