@@ -197,6 +197,29 @@ def list_cfg(pattern: str) -> None:
     click.echo(LIST_FOOTER)
 
 
+@cli.command("list-formats")
+@click.argument("name", required=False)
+@debug_option
+def list_formats(name: str | None) -> None:
+    """List the row formats of data files, each with an example; with NAME, one of them in full."""
+    from tuner.dataset.formats.listing import details, overview
+
+    click.echo("\n".join(overview() if name is None else details(name)))
+
+
+@cli.command("join-files")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@debug_option
+def join_files_command(first: Path, second: Path, out: Path) -> None:
+    """Put the rows of FIRST and SECOND that share an id together in OUT: BFCL's questions and possible_answer."""
+    from tuner.dataset.joining import join_files
+
+    joined = join_files(first, second, out)
+    click.echo(f"{out}: {joined.num_rows:,} rows; {joined.num_alone:,} of {first} have no partner and were left out.")
+
+
 @cli.command("copy-cfg")
 @click.argument("preset", type=ConfigType(files=False))
 @click.argument("directory", type=click.Path(path_type=Path))

@@ -185,6 +185,6 @@ SIGNS: dict[str, Sign] = {
     ),
     "agent_flan": Sign(lambda row: _are(row, "conversation", "role", "content"), "'conversation' of turns with 'role'"),
     "toolbench": Sign(lambda row: "answer_generation" in row, "'answer_generation'"),
-    "bfcl": Sign(lambda row: "question" in row and isinstance(row.get("function"), list), "'question' and 'function'"),
+    "bfcl": Sign(lambda row: isinstance(row.get("question"), list), "'question' with lists of messages"),
     "preference": Sign(_is_preference, "'chosen' and 'rejected'"),
 }
