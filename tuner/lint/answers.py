@@ -12,10 +12,10 @@ from tuner.lint.subject import Subject, is_trained
 MISSING_VALUES = {"nan", "NaN", "null", "undefined", "[object Object]"}
 WORD = re.compile(r"[\u3400-\u9fff\u3040-\u30ff\uac00-\ud7af]|[^\W\u3400-\u9fff\u3040-\u30ff\uac00-\ud7af]+")
 MIN_WORDS = 12  # of prose: a shorter answer is often a name or a number
-MIN_LAST_WORDS = 8  # of its last line: a shorter one is a heading, a signature, an item
-LISTED = re.compile(
-    r"\s*([-*+•·>|]|\d+[.)、]|[a-zA-Z][.)] )|.*(https?://|www\.|\s-\w|\w\()"
-)  # an item, an address, code
+MIN_LAST_WORDS = 8  # behind its last sentence, in one line: fewer are a heading, a signature, an item
+SENTENCE_END = re.compile(r"[.!?。！？…;；:：]")
+# the beginning of an item or of a labelled line; addresses, options of a command, calls; items in one line
+LISTED = re.compile(r"\s*([-*+•·>|]|\d+[.)、]|[a-zA-Z][.)] |[^.!?]{0,30}:\s)|.*(https?://|www\.|\s-\w|\w\(|\s[-–*•]\s)")
 PROSE = re.compile(r"[\w\s,.;:!?'\"()%&€£°/-]|[，。；：！？、“”‘’（）《》「」—–…·]|[^\x00-\u2fff]")
 OPEN_WORDS = {"the", "a", "an", "and", "or", "of", "your", "their", "whose"}
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)([^`\n]*)$", re.MULTILINE)
@@ -101,11 +101,12 @@ def ending(answer: str) -> str:
     """How an answer ends: "sentence", "open" (prose that just stops), or "other" (short, a list, code, a number)."""
     text = answer.rstrip()
     last_line = text.rpartition("\n")[2]
+    rest = SENTENCE_END.split(last_line)[-1]
     if len(WORD.findall(text[-400:])) < MIN_WORDS:
         return "other"
     if not (text[-1].isalpha() or text[-1] in ",，、"):
         return "other" if text[-1].isdigit() else "sentence"
-    if LISTED.match(last_line) or PROSE.sub("", last_line) or len(WORD.findall(last_line)) < MIN_LAST_WORDS:
+    if LISTED.match(last_line) or PROSE.sub("", last_line) or len(WORD.findall(rest)) < MIN_LAST_WORDS:
         return "other"
     return "open"
 
@@ -161,9 +162,10 @@ def language_mix(subject: Subject) -> Iterator[Problem]:
     for position, message in enumerate(subject.messages):
         if message["role"] == "user":
             question = message["content"]
-        if message["role"] != "assistant" or not is_trained(message) or ASKS_FOR_LANGUAGE.search(question):
+        said = message["content"]
+        if not is_trained(message) or (said.isascii() and question.isascii()) or ASKS_FOR_LANGUAGE.search(question):
             continue
-        asked, answered = main_script(question), main_script(message["content"])
+        asked, answered = main_script(question), main_script(said)
         if asked and answered and asked != answered:
             yield note(f"message {position} answers a question in {asked} script in {answered} script. Is it meant?")
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from tuner.dataset.read import Chunk, Row
 from tuner.errors import UserError
 from tuner.lint import answers, secrets, texts, tool_calls
 from tuner.lint.findings import Problem, error, redact
-from tuner.lint.subject import Size, Subject, from_refused, from_sample
+from tuner.lint.subject import Size, Subject, from_refused, from_sample, size_of
 from tuner.lint.together import Facts, facts_of
 
 Check = Callable[[Subject], Iterable[Problem]]
@@ -86,6 +85,8 @@ class RowLinter:
     def _subject(self, row: Row, size: Size | None, refusal: str) -> Subject:
         raw = row.content.decode(errors="replace")
         content: Any = None
+        if row.fault:
+            return from_refused(content, raw, row.fault)
         try:
             content = parse_row(row.content)
             sample = self.to_sample(content)
@@ -120,13 +121,8 @@ def findings_in(subject: Subject, line: int) -> list[Located]:
 
 
 def sizes_of(encoded: EncodedChunk, max_length: int | None) -> dict[int, Size]:
-    """The size of each document, by its row's place in the chunk; what is trained of it counts labels."""
+    """The size of each document, by its row's place in the chunk."""
     block = encoded.block
-    ends = np.cumsum(block.lengths)
-    sizes = {}
-    for place, end, length in zip(block.lines.tolist(), ends.tolist(), block.lengths.tolist()):
-        trained = block.trained[end - length : end].astype(bool)
-        kept = trained[1:max_length] if max_length is not None else trained[1:]
-        runs = tuple(sum(1 for _ in run) for is_trained, run in groupby(trained.tolist()) if is_trained)
-        sizes[place] = Size(length, int(trained[1:].sum()), int(kept.sum()), runs, max_length)
-    return sizes
+    edges = np.concatenate([[0], np.cumsum(block.lengths)])
+    spans = zip(block.lines.tolist(), edges[:-1].tolist(), edges[1:].tolist())
+    return {place: size_of(block.trained[start:end].astype(bool).tolist(), max_length) for place, start, end in spans}

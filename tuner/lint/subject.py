@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from tuner.dataset.messages import Message, dump, is_interpreter
@@ -35,6 +36,8 @@ class Subject:
     tools: list[Mapping[str, Any]] = field(default_factory=list)
     document: str = ""
     """text of a row of plain text"""
+    rest: str = ""
+    """what else tells the row from others: the rejected side of a preference pair"""
     raw: str = ""
     """the row as it stands in the file"""
     refusal: str = ""
@@ -56,7 +59,7 @@ class Subject:
     @cached_property
     def words(self) -> str:
         """All that can become tokens, as one text; the whole row where no text can be made out."""
-        return "\n".join([*(text.content for text in self.texts), *map(dump, self.tools)]) or self.raw
+        return "\n".join([*(text.content for text in self.texts), *map(dump, self.tools), self.rest]) or self.raw
 
     @property
     def answers(self) -> Iterator[Text]:
@@ -94,10 +97,20 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
 
 
 def from_sample(sample: Mapping[str, Any], raw: str = "", size: Size | None = None) -> Subject:
-    """What a format made of a row."""
+    """What a format made of a row; of a preference pair the chosen side is what is learnt."""
+    if "chosen" in sample:
+        return replace(from_sample(sample["chosen"], raw, size), rest=dump(sample["rejected"]))
+    if "ids" in sample:
+        return Subject(raw=raw, size=size or size_of([bool(mark) for mark in sample["trained"]], None))
     if isinstance(sample.get("text"), str):
         return Subject(document=sample["text"], raw=raw, size=size)
     return Subject(readable_messages(sample.get("messages")), readable_tools(sample.get("tools")), raw=raw, size=size)
+
+
+def size_of(trained: list[bool], max_length: int | None) -> Size:
+    """The size of a document of which `trained` says what is trained: a label is what another token comes before."""
+    runs = tuple(sum(1 for _ in run) for is_trained, run in groupby(trained) if is_trained)
+    return Size(len(trained), sum(trained[1:]), sum(trained[1:max_length]), runs, max_length)
 
 
 def from_refused(row: Any, raw: str, reason: str) -> Subject:

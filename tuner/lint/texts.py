@@ -34,7 +34,7 @@ ALL_PUNCTUATION = re.compile("[^“”‘’…–—«»\u00a0][“”‘’…
 def special_text(subject: Subject) -> Iterator[Problem]:
     """Marks of a chat template written out in a text."""
     for text in subject.texts:
-        marks = list(MARK.finditer(text.content)) if MARK.search(text.content) else []
+        marks = list(MARK.finditer(text.content)) if may_have_marks(text.content) else []
         if not marks:
             continue
         quoted = [span.span() for span in QUOTED.finditer(text.content)]
@@ -48,9 +48,16 @@ def special_text(subject: Subject) -> Iterator[Problem]:
             yield note(f"{told}. It is encoded as the letters it is.")
 
 
+def may_have_marks(text: str) -> bool:
+    """A quick look: every mark has one of these."""
+    return "<" in text or "[" in text
+
+
 def missing_end(subject: Subject) -> Iterator[Problem]:
     """Turns that are marked in the text itself and of which one has no end."""
     for text in subject.texts:
+        if not may_have_marks(text.content):
+            continue
         prose = QUOTED.sub("", text.content) if "`" in text.content else text.content
         for start, end in PAIRS.items():
             begun, ended = prose.count(start), prose.count(end)
@@ -64,6 +71,8 @@ def missing_end(subject: Subject) -> Iterator[Problem]:
 def control_characters(subject: Subject) -> Iterator[Problem]:
     """Characters that nobody sees."""
     for text in subject.texts:
+        if text.content.isprintable():  # none of them is, nor is the end of a line
+            continue
         found = CONTROL.search(text.content)
         if found:
             shown = excerpt(text.content, found.start(), found.end(), around=12)

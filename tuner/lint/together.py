@@ -82,14 +82,14 @@ def join(parts: list[Facts]) -> Facts:
 def exact_form(subject: Subject) -> str:
     """All of a row that is trained on: ids of calls, and what the format leaves out, do not matter."""
     if not subject.messages:
-        return subject.document or subject.raw
+        return (subject.document or subject.raw) + subject.rest
     turns = [(m["role"], m["content"], m.get("name"), list(called_words(m)), _names(m)) for m in subject.messages]
-    return json.dumps([turns, subject.tools], sort_keys=True, default=str)
+    return json.dumps([turns, subject.tools, subject.rest], sort_keys=True, default=str)
 
 
 def near_form(subject: Subject) -> str:
     """The words of a row in one case and width, without punctuation between them."""
-    words = "\n".join(text.content for text in subject.texts) or subject.raw
+    words = "\n".join(text.content for text in subject.texts) + subject.rest or subject.raw
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", words).casefold()))
 
 

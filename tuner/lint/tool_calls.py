@@ -13,7 +13,7 @@ from tuner.dataset.messages import (
     match_results,
     results_after,
 )
-from tuner.lint.findings import Problem, error, excerpt, warning
+from tuner.lint.findings import Problem, error, excerpt, note, warning
 from tuner.lint.schema import mismatches, unknown_names
 from tuner.lint.subject import Subject, arguments_of
 from tuner.nearest import nearest
@@ -86,16 +86,18 @@ def call_without_result(subject: Subject) -> Iterator[Problem]:
 def role_order(subject: Subject) -> Iterator[Problem]:
     """Unknown roles, turns that follow their own kind, a question that nobody answers."""
     before = ""
+    after_results = False  # a model may say several things in a row behind the results of its calls
     for position, message in enumerate(subject.messages):
         role = message["role"]
+        after_results = role == "tool" or (role == "assistant" and after_results)
         if role not in ROLES:
             yield error(f"message {position} has the role {role!r}.{nearest(role, ROLES)} Known: {', '.join(ROLES)}.")
         elif role == "system" and before not in ("", "system"):
-            yield warning(f"message {position} is a system turn after {before}. Move it to the beginning.")
-        elif role == before == "user" or (role == before == "assistant" and _is_said(subject.messages[position - 1])):
+            yield note(f"message {position} is a system turn after {before}. Is it meant to change the rules there?")
+        elif role == before and role in ("user", "assistant") and not after_results:
             yield warning(f"messages {position - 1} and {position} are both {role} turns. Join them into one.")
         elif role == "assistant" and before in ("", "system"):
-            yield warning(f"message {position} answers before anybody asked. Add the question, or drop the turn.")
+            yield note(f"message {position} is an answer before any question: it is learnt as an opening. Is it meant?")
         before = role
     if before in ("user", "tool", "system"):
         yield warning(f"the conversation ends with a {before} turn, which trains nothing. Add the answer or drop it.")
@@ -122,7 +124,3 @@ def _comes_after_calls(messages: list[Message], position: int) -> bool:
     while position and messages[position - 1]["role"] == "tool":
         position -= 1
     return position > 0 and bool(messages[position - 1].get("tool_calls"))
-
-
-def _is_said(message: Message) -> bool:
-    return not message.get("tool_calls")
