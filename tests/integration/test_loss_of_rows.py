@@ -1,4 +1,4 @@
-"""From rows to batches: what a setting or a row says of the loss is what the step trains, and what the ledger counts."""
+"""From rows to batches: what a setting or a row says of the loss is what the step trains and the ledger counts."""
 
 import json
 from pathlib import Path

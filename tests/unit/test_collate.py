@@ -8,7 +8,7 @@ from tuner.constants import IGNORE_INDEX
 from tuner.dataset.collate import collate
 from tuner.dataset.tokenize import Document
 
-KEYS = {"input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen", "num_loss_tokens"}
+KEYS = {"input_ids", "labels", "position_ids", "cu_seqlens", "max_seqlen", "num_loss_tokens", "loss_weights"}
 
 
 def documents_of(*lengths: int, seed: int = 0) -> list[Document]:
@@ -41,6 +41,7 @@ def test_batches_equal_a_loop_over_single_tokens(lengths, multiple):
     assert batch["position_ids"].tolist() == [[place for length in padded for place in range(length)]]
     assert batch["cu_seqlens"].tolist() == [sum(padded[:n]) for n in range(len(padded) + 1)]
     assert (batch["max_seqlen"], batch["num_loss_tokens"]) == (max(padded), 12)
+    assert batch["loss_weights"] is None
 
 
 def test_types_are_those_of_the_architecture():
@@ -54,6 +55,27 @@ def test_types_are_those_of_the_architecture():
     assert type(batch["num_loss_tokens"]) is int
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_weights_stand_where_their_labels_stand_and_are_0_elsewhere(multiple):
+    """Token by token; the second document has none of its own, so its labels weigh 1."""
+    documents = documents_of(5, 7, 1, 9)
+    rng = np.random.default_rng(1)
+    given = [rng.random(len(document.ids)).astype(np.float32) + 1 for document in documents]
+    weighted = [d if i == 1 else d._replace(weights=given[i]) for i, d in enumerate(documents)]
+    batch = collate(weighted, 12.5, pad_to_multiple_of=multiple)
+    expected = []
+    for index, document in enumerate(documents):
+        for place in range(1, len(document.ids) + 1):
+            is_label = place < len(document.ids) and document.trained[place]
+            expected.append(float(given[index][place] if index != 1 else 1) if is_label else 0.0)
+    expected += [0.0] * (-len(expected) % multiple)
+    assert batch["loss_weights"].tolist() == [expected]
+    assert batch["loss_weights"].dtype == torch.float32
+    assert torch.equal(batch["loss_weights"] > 0, batch["labels"] != IGNORE_INDEX)
+    assert torch.equal(batch["labels"], collate(documents, 12, pad_to_multiple_of=multiple)["labels"])
+    assert batch["num_loss_tokens"] == 12.5
+
+
 @pytest.mark.parametrize("multiple", [1, 16])
 def test_a_micro_batch_without_documents_has_tokens_but_no_label(multiple):
     batch = collate([], 40, pad_to_multiple_of=multiple)
@@ -61,6 +83,7 @@ def test_a_micro_batch_without_documents_has_tokens_but_no_label(multiple):
     assert (batch["labels"] == IGNORE_INDEX).all()
     assert batch["cu_seqlens"].tolist() == [0, multiple]
     assert batch["num_loss_tokens"] == 40
+    assert batch["loss_weights"] is None
 
 
 def test_cutting_a_batch_anywhere_loses_no_label():

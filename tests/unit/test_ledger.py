@@ -69,6 +69,14 @@ def test_ledgers_add_and_survive_json():
     assert Ledger.from_dict(json.loads(json.dumps(two.to_dict()))) == two
 
 
+def test_weights_add_and_are_told_where_they_are_not_1():
+    one = Ledger(rows=1, read=Count(1, 10), kept=Count(1, 10), masked=4, trained=6, weight_surplus=-1.5).check()
+    assert (one + one).weight_surplus == -3
+    assert Ledger.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    assert "the trained tokens weigh 4.5 in the loss" in one.table()
+    assert "weigh" not in replace(one, weight_surplus=0.0).table()
+
+
 def test_the_table_shows_every_column_and_the_packs():
     ledger = Ledger(
         rows=4, skipped=1, read=Count(3, 2000), dropped=Count(1, 600), truncated=Count(1, 400), kept=Count(2, 1000),

@@ -45,6 +45,20 @@ def test_each_epoch_takes_every_document_once_and_ranks_agree(num_documents, num
     assert sorted(seen[0]) == sorted(seen[1]) == list(range(num_documents))
 
 
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_weighted_step_counts_the_weights_of_all_ranks_and_a_plain_one_is_an_int(num_ranks):
+    corpus = Corpus(23)
+    assert {type(plan.num_loss_tokens) for plan in plans(corpus, 0, num_ranks)} == {int}
+    corpus.num_loss_tokens = corpus.num_loss_tokens * 0.1 + 0.3
+    for per_rank in zip(*(plans(corpus, rank, num_ranks) for rank in range(num_ranks)), strict=True):
+        documents = [document for plan in per_rank for documents in plan.packs for document in documents]
+        totals = {plan.num_loss_tokens for plan in per_rank}
+        assert len(totals) == 1, "ranks agree to the last bit"
+        total = totals.pop()
+        assert type(total) is float
+        assert total == pytest.approx(sum(corpus.num_loss_tokens[documents].tolist()), rel=1e-14)
+
+
 def test_at_most_one_micro_batch_of_a_rank_is_empty_in_an_epoch():
     corpus = Corpus(23)
     empty = [sum(packs == () for plan in plans(corpus, rank, 4) for packs in plan.packs) for rank in range(4)]

@@ -15,6 +15,7 @@ import pytest
 from tuner.dataset.cache import build_once, writing
 from tuner.dataset.documents import BadRow, Block
 from tuner.dataset.ledger import Count, Ledger
+from tuner.dataset.loss_weights import SPAN, spans_of, surplus
 from tuner.dataset.read import Row
 from tuner.dataset.shards import Shards, ShardWriter, is_whole
 from tuner.dataset.tokenize import Document
@@ -27,6 +28,36 @@ def random_documents(number: int, vocab_size: int, seed: int = 0) -> list[Docume
     return [Document(rng.integers(0, vocab_size, n).astype(np.uint32), rng.random(n) < 0.6) for n in sizes]
 
 
+def weighted_documents(number: int, seed: int = 0) -> list[Document]:
+    """Every third has no weights; of the others some tokens weigh 1, some labels 0.5 or 2, in runs and alone."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for index, document in enumerate(random_documents(number, 1000, seed)):
+        weights = rng.choice(np.array([0.5, 1, 1, 2], np.float32), len(document.ids))
+        weights[0] = 1  # which is never a label
+        weights = np.where(document.trained, weights, np.float32(1))
+        plain = index % 3 == 0 or (weights == 1).all()
+        documents.append(document if plain else document._replace(weights=weights))
+    return documents
+
+
+def spans_by_hand(documents: list[Document]) -> list[tuple[int, int, float]]:
+    """Token by token: runs of labels with one weight that is not 1."""
+    spans: list[tuple[int, int, float]] = []
+    place = 0
+    for document in documents:
+        open_at = None
+        for index in range(len(document.ids)):
+            weight = 1.0 if document.weights is None else float(document.weights[index])
+            if weight != 1 and open_at == weight:
+                spans[-1] = (spans[-1][0], place + 1, weight)
+            elif weight != 1:
+                spans.append((place, place + 1, weight))
+            open_at = weight
+            place += 1
+    return spans
+
+
 def block_of(documents: list[Document], first_line: int) -> Block:
     return Block(
         np.concatenate([np.empty(0, np.uint32), *(document.ids for document in documents)]),
@@ -34,6 +65,7 @@ def block_of(documents: list[Document], first_line: int) -> Block:
         np.array([len(document.ids) for document in documents], np.int64),
         np.array([document.trained[1:].sum() for document in documents], np.int64),
         np.arange(first_line, first_line + len(documents)),
+        np.array(spans_by_hand(documents), SPAN),
     )
 
 
@@ -91,6 +123,61 @@ def test_a_token_takes_four_bytes_and_a_bit_at_most(tmp_path):
     assert (directory / "trained.bin").stat().st_size == -(-tokens // 8)
 
 
+def test_weights_come_out_as_they_went_in_whatever_the_blocks(tmp_path):
+    documents = weighted_documents(60)
+    one, other = write(tmp_path / "a", documents, 1), write(tmp_path / "b", documents, 1000)
+    assert contents(one) == contents(other)
+    spans = spans_by_hand(documents)
+    assert len(spans) > 50
+    assert (one / "weights.bin").stat().st_size == SPAN.itemsize * len(spans)
+    shards = Shards([one], [Path("x")])
+    for index, document in enumerate(documents):
+        weights = shards.document(index).weights
+        assert (weights is None) == (document.weights is None)
+        assert document.weights is None or weights.tolist() == document.weights.tolist()
+        assert weights is None or weights.dtype == np.float32
+    sums = [
+        float((np.ones(len(d.ids)) if d.weights is None else d.weights)[1:][d.trained[1:]].sum()) for d in documents
+    ]
+    assert shards.loss_weight.tolist() == sums, "halves are exact"
+    assert shards.num_loss_tokens.tolist() == [document.trained[1:].sum() for document in documents]
+
+
+def test_a_file_with_weights_and_one_without_are_one_row_of_documents(tmp_path):
+    parts = [random_documents(4, 1000), weighted_documents(5), weighted_documents(0)]
+    directories = [write(tmp_path / str(n), part) for n, part in enumerate(parts)]
+    assert [(directory / "weights.bin").exists() for directory in directories] == [False, True, False]
+    shards = Shards(directories, [Path("x")] * 3)
+    assert shards.loss_weight.tolist()[:4] == shards.num_loss_tokens.tolist()[:4]
+    assert [shards.document(index).weights is None for index in range(9)] == [
+        document.weights is None for part in parts for document in part
+    ]
+    assert Shards(directories[:1], [Path("x")]).loss_weight is None
+
+
+def test_the_fingerprint_knows_weights_and_is_the_old_one_without(tmp_path):
+    documents = weighted_documents(9)
+    plain = [document._replace(weights=None) for document in documents]
+    prints = []
+    for name, part in (("a", documents), ("b", plain), ("c", documents)):
+        directory = write(tmp_path / name, part)
+        prints.append(Shards([directory], [Path("x")]).fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+    assert set(json.loads((tmp_path / "b" / "meta.json").read_text())["content"]) == {"ids", "trained", "lengths"}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_spans_are_the_runs_of_labels_that_do_not_weigh_1(seed):
+    documents = weighted_documents(12, seed)
+    weights = np.concatenate([np.ones(len(d.ids), np.float32) if d.weights is None else d.weights for d in documents])
+    labels = np.concatenate([np.arange(len(d.ids)) > 0 for d in documents])
+    labels &= np.concatenate([d.trained for d in documents])
+    noisy = np.where(labels, weights, np.float32(7))  # what is no label weighs nothing, whatever stands there
+    for given in (weights, noisy):
+        assert spans_of(given, labels).tolist() == spans_by_hand(documents)
+    assert surplus(spans_of(weights, labels)).sum() == (weights[labels].astype(float) - 1).sum()
+
+
 def test_several_files_are_one_row_of_documents(tmp_path):
     parts = [random_documents(n, 1000, seed=n) for n in (3, 0, 5)]
     directories = [write(tmp_path / str(n), part) for n, part in enumerate(parts)]
@@ -129,9 +216,9 @@ def test_bad_rows_are_kept_as_they_came_with_the_reason_beside_them(tmp_path):
     assert reasons == {"line": 7, "reason": "not UTF-8"}
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "trained.bin", "lengths.bin", "lines.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "trained.bin", "lengths.bin", "lines.bin", "weights.bin", "meta.json"])
 def test_a_shard_with_a_missing_or_short_file_is_not_whole(tmp_path, name):
-    directory = write(tmp_path / "a", random_documents(5, 1000))
+    directory = write(tmp_path / "a", weighted_documents(9))
     assert is_whole(directory)
     content = (directory / name).read_bytes()
     (directory / name).write_bytes(content[: len(content) // 2])

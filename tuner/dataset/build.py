@@ -51,9 +51,9 @@ class PackedDataset:
         print(f"{len(shards):,} documents in {self.num_packs:,} packs of {max_length:,}, {ledger.efficiency:.2%} full")
 
     @property
-    def num_loss_tokens(self) -> NDArray[np.int64]:
-        """(documents,) labels of each document."""
-        return self.shards.num_loss_tokens
+    def num_loss_tokens(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """(documents,) labels of each document, each counted as it weighs: floats where some do not weigh 1."""
+        return self.shards.num_loss_tokens if self.shards.loss_weight is None else self.shards.loss_weight
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process gets plans, which name the documents; it needs no packs."""

@@ -5,6 +5,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.constants import IGNORE_INDEX
@@ -21,10 +22,11 @@ class Batch(TypedDict):
     position_ids: Tensor  # (1, T) int64: from 0 in each document
     cu_seqlens: Tensor  # (documents + 1,) int32: edges of the documents
     max_seqlen: int  # tokens of the longest document
-    num_loss_tokens: int  # labels of the whole optimizer step
+    num_loss_tokens: float  # labels of the whole optimizer step, each counted as it weighs; an int where all weigh 1
+    loss_weights: Tensor | None  # (1, T) float32: what each label weighs, 0 where there is none; None where all weigh 1
 
 
-def collate(documents: Sequence[Document], num_loss_tokens: int, *, pad_to_multiple_of: int = 1) -> Batch:
+def collate(documents: Sequence[Document], num_loss_tokens: float, *, pad_to_multiple_of: int = 1) -> Batch:
     """A pack's documents to a batch. Without documents: a batch of padding alone, which adds nothing to the loss."""
     lengths = [len(document.ids) for document in documents]
     padding = num_padding(sum(lengths), pad_to_multiple_of)
@@ -45,7 +47,19 @@ def collate(documents: Sequence[Document], num_loss_tokens: int, *, pad_to_multi
         cu_seqlens=torch.from_numpy(edges.astype(np.int32)),
         max_seqlen=max(lengths),
         num_loss_tokens=num_loss_tokens,
+        loss_weights=_loss_weights(documents, edges, labels),
     )
+
+
+def _loss_weights(documents: Sequence[Document], edges: NDArray[np.int64], labels: NDArray[np.int64]) -> Tensor | None:
+    """Shifted as the labels are."""
+    if all(document.weights is None for document in documents):
+        return None
+    weights = (labels != IGNORE_INDEX).astype(np.float32)
+    for document, start in zip(documents, edges):
+        if document.weights is not None:
+            weights[start : start + len(document.ids) - 1] *= document.weights[1:]
+    return torch.from_numpy(weights)[None]
 
 
 def num_padding(num_tokens: int, pad_to_multiple_of: int) -> int:

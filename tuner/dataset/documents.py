@@ -1,17 +1,20 @@
 """A chunk of rows -> documents of at most max_length tokens, with a ledger of every token: the work of one worker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuner.dataset.chat_template import ChatTemplate, Segment, render
+from tuner.dataset.formats.token_ids import given_document
 from tuner.dataset.ledger import Count, Ledger
+from tuner.dataset.loss_weights import NO_SPANS, Spans, spans_of, surplus
 from tuner.dataset.read import Chunk, Row
 from tuner.dataset.reading.strict_json import parse_row
-from tuner.dataset.tokenize import Encoder
+from tuner.dataset.tokenize import Document, Encoder
 from tuner.errors import UserError
 
 TOO_LONG = ("truncate", "split", "drop")
@@ -26,6 +29,7 @@ class Block(NamedTuple):
     lengths: NDArray[np.int64]  # (documents,)
     num_loss_tokens: NDArray[np.int64]  # (documents,)
     lines: NDArray[np.int64]  # (documents,): where in the file each one begins
+    spans: Spans = NO_SPANS  # labels that do not weigh 1
 
 
 class BadRow(NamedTuple):
@@ -68,7 +72,7 @@ class RowEncoder:
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         """Under on_bad_row="raise" the work stops at the first bad row, which the caller must raise."""
-        samples: list[list[Segment]] = []
+        samples: list[list[Segment] | Document] = []
         lines: list[int] = []
         bad_rows: list[BadRow] = []
         for row in chunk.rows:
@@ -83,7 +87,7 @@ class RowEncoder:
         ledger += Ledger(rows=len(samples) + len(bad_rows), skipped=len(bad_rows))
         return EncodedChunk(block, ledger.check(), bad_rows, chunk.position)
 
-    def _segments(self, row: Row) -> list[Segment]:
+    def _segments(self, row: Row) -> list[Segment] | Document:
         if row.fault:
             raise UserError(row.fault)
         content = parse_row(row.content)
@@ -93,19 +97,45 @@ class RowEncoder:
             raise
         except Exception as error:  # the user's own function may raise anything, and the row must be named
             raise UserError(f"the data_format function raised {type(error).__name__}: {error}") from error
+        if isinstance(sample, dict) and "ids" in sample:
+            return given_document(sample, self._num_ids)
         return render(sample, self.template, loss_on=self.loss_on, train_newline=self.train_newline)
 
-    def _encode(self, samples: list[list[Segment]], lines: NDArray[np.int64]) -> tuple[Block, Ledger]:
-        documents = self.encoder.encode(samples)
+    @cached_property
+    def _num_ids(self) -> int:
+        return self.encoder.vocab_size
+
+    def _encode(self, samples: list[list[Segment] | Document], lines: NDArray[np.int64]) -> tuple[Block, Ledger]:
+        encoded = iter(self.encoder.encode([sample for sample in samples if not isinstance(sample, Document)]))
+        documents = [sample if isinstance(sample, Document) else next(encoded) for sample in samples]
         ids = np.concatenate([np.empty(0, np.uint32), *(document.ids for document in documents)])
         trained = np.concatenate([np.empty(0, np.bool_), *(document.trained for document in documents)])
         lengths = np.array([len(document.ids) for document in documents], np.int64)
+        weights = _weights(documents)
         cuts, ledger = fit(lengths, trained, self.max_length, self.too_long)
         sizes = cuts.ends - cuts.starts
         if sizes.sum() < len(ids):
             kept = np.concatenate([np.empty(0, np.int64), *map(np.arange, cuts.starts, cuts.ends)])
             ids, trained = ids[kept], trained[kept]
-        return Block(ids, trained, sizes, cuts.num_loss_tokens, lines[cuts.owners]), ledger
+            weights = None if weights is None else weights[kept]
+        spans = NO_SPANS if weights is None else spans_of(weights, _labels(trained, sizes))
+        ledger += Ledger(weight_surplus=float(surplus(spans).sum()))
+        return Block(ids, trained, sizes, cuts.num_loss_tokens, lines[cuts.owners], spans), ledger
+
+
+def _weights(documents: Sequence[Document]) -> NDArray[np.float32] | None:
+    """Weights of the documents' tokens end to end; None where all of them weigh 1."""
+    if all(document.weights is None for document in documents):
+        return None
+    given = (np.ones(len(d.ids), np.float32) if d.weights is None else d.weights for d in documents)
+    return np.concatenate(list(given))
+
+
+def _labels(trained: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which trained tokens have a predecessor in their own document."""
+    labels = trained.copy()
+    labels[np.cumsum(lengths) - lengths] = False
+    return labels
 
 
 def fit(lengths: NDArray[np.int64], trained: NDArray[np.bool_], max_length: int, too_long: str) -> tuple[Cuts, Ledger]:

@@ -38,6 +38,7 @@ class Ledger:
     masked: int = 0
     unpredicted: int = 0  # part of masked: would be trained, but begin a document (or a piece)
     trained: int = 0
+    weight_surplus: float = 0.0  # what the trained tokens weigh in the loss, less their number: 0 where each weighs 1
     packs: int = 0  # of an epoch
     max_length: int = 0  # of a pack
     padding: int = 0  # tokens that an epoch's batches add
@@ -94,6 +95,8 @@ class Ledger:
             notes.append(f"{self.split:,} documents were split into {self.pieces:,} pieces")
         if self.unpredicted:
             notes.append(f"masked holds {self.unpredicted:,} first tokens, which nothing predicts")
+        if self.weight_surplus:
+            notes.append(f"the trained tokens weigh {self.trained + self.weight_surplus:,.1f} in the loss")
         if self.packs:
             lines.append(("+ padding", None, self.padding))
             notes.append(f"{self.packs:,} packs of {self.max_length:,} an epoch, {self.efficiency:.2%} full")

@@ -14,13 +14,14 @@ class StepPlan(NamedTuple):
     """What one rank does in one optimizer step; steps count from 0.
 
     `packs` has the document numbers of each micro-batch; an empty one is a micro-batch without loss, for a rank that
-    has fewer packs than others at the end of an epoch. `num_loss_tokens` is of the whole step, over all ranks.
+    has fewer packs than others at the end of an epoch. `num_loss_tokens` is of the whole step, over all ranks:
+    an int, or the sum of the labels' weights where some label of the data does not weigh 1.
     """
 
     step: int
     epoch: int
     packs: tuple[tuple[int, ...], ...]
-    num_loss_tokens: int
+    num_loss_tokens: float
 
 
 class Packed(Protocol):
@@ -31,8 +32,8 @@ class Packed(Protocol):
         """Packs of an epoch, the same in each."""
 
     @property
-    def num_loss_tokens(self) -> NDArray[np.int64]:
-        """(documents,) labels of each document, at least one."""
+    def num_loss_tokens(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """(documents,) labels of each document, at least one, each counted as it weighs in the loss."""
 
     def packs(self, epoch: int) -> Packs:
         """The epoch's packs in order, from the seed and the epoch alone."""
@@ -91,4 +92,4 @@ class StepSampler:
         mine = [tuple(packs[pack].tolist()) for pack in range(first + self._rank, last, self._num_ranks)]
         mine += [()] * (num_micro_batches - len(mine))
         documents = packs.documents[packs.edges[first] : packs.edges[last]]
-        return StepPlan(step, epoch, tuple(mine), int(self._dataset.num_loss_tokens[documents].sum()))
+        return StepPlan(step, epoch, tuple(mine), self._dataset.num_loss_tokens[documents].sum().item())

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from tuner.dataset.documents import BadRow, Block
 from tuner.dataset.ledger import Ledger
+from tuner.dataset.loss_weights import NO_SPANS, SPAN, Spans, dense, surplus
 from tuner.dataset.tokenize import Document
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UINT16_LIMIT = 1 << 16
 COPY_TOKENS = 1 << 20
 # file name -> bytes per entry, for the files with one entry per document
@@ -27,6 +28,7 @@ class ShardWriter:
 
     tokens.bin: ids, uint16 while all of them fit, else uint32; trained.bin: one bit per token, in order, most
     significant first; lengths.bin, num_loss_tokens.bin (uint32), lines.bin (uint64): one entry per document;
+    weights.bin: spans of labels that do not weigh 1 (`loss_weights.SPAN`), absent where all do;
     bad_rows.jsonl: the skipped rows as they came, to be mended and fed again; bad_rows.reasons.jsonl: line by line why;
     meta.json: type and number of the above, and the ledger. Raises the OSError of a full disk.
     """
@@ -36,7 +38,7 @@ class ShardWriter:
         self._files: dict[str, BinaryIO] = {}
         self._dtype: type[np.unsignedinteger[Any]] = np.uint16
         self._bits = np.empty(0, np.bool_)  # the last tokens' marks, fewer than a byte of them
-        self._num_documents = self._num_tokens = 0
+        self._num_documents = self._num_tokens = self._num_spans = 0
         self._hashes = {name: hashlib.sha256() for name in ("ids", "trained", "lengths")}
         for name in ("tokens.bin", "trained.bin", *PER_DOCUMENT):
             self._files[name] = open(directory / name, "wb")  # noqa: SIM115 (closed in `close` and `abandon`)
@@ -54,6 +56,8 @@ class ShardWriter:
         self._bits = bits[whole:]
         for name, values in zip(PER_DOCUMENT, (block.lengths, block.num_loss_tokens, block.lines)):
             self._write(name, values.astype(PER_DOCUMENT[name]))
+        if len(block.spans):
+            self._append_spans(block.spans)
         self._num_documents += len(block.lengths)
         self._num_tokens += len(block.ids)
         for bad in bad_rows:
@@ -69,6 +73,7 @@ class ShardWriter:
             "tokens_dtype": np.dtype(self._dtype).name,
             "num_documents": self._num_documents,
             "num_tokens": self._num_tokens,
+            "num_spans": self._num_spans,
             "content": {name: running.hexdigest() for name, running in self._hashes.items()},
             "ledger": ledger.check().to_dict(),
             "ingredients": ingredients,
@@ -88,9 +93,21 @@ class ShardWriter:
         self._files[name].write(values.tobytes())
 
     def _append_line(self, name: str, line: bytes) -> None:
+        self._open_late(name).write(line + b"\n")
+
+    def _append_spans(self, spans: Spans) -> None:
+        moved = spans.copy()
+        moved["start"] += self._num_tokens
+        moved["end"] += self._num_tokens
+        self._open_late("weights.bin").write(moved.tobytes())
+        self._hashes.setdefault("weights", hashlib.sha256()).update(moved.tobytes())
+        self._num_spans += len(moved)
+
+    def _open_late(self, name: str) -> BinaryIO:
+        """A file that many shards need not have."""
         if name not in self._files:
             self._files[name] = open(self._directory / name, "wb")  # noqa: SIM115
-        self._files[name].write(line + b"\n")
+        return self._files[name]
 
     def _widen(self) -> None:
         """Rewrite the ids so far in 32 bits: the first id beyond 16 has come."""
@@ -109,13 +126,18 @@ def is_whole(directory: Path) -> bool:
     """Whether a shard's files are as long as its meta.json says."""
     try:
         meta = json.loads((directory / "meta.json").read_bytes())
-        sizes = {name: (directory / name).stat().st_size for name in ("tokens.bin", "trained.bin", *PER_DOCUMENT)}
+        if meta["format_version"] != FORMAT_VERSION:
+            return False
+        names = ("tokens.bin", "trained.bin", *PER_DOCUMENT, *(["weights.bin"] if meta["num_spans"] else []))
+        sizes = {name: (directory / name).stat().st_size for name in names}
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     expected = {name: np.dtype(dtype).itemsize * meta["num_documents"] for name, dtype in PER_DOCUMENT.items()}
+    if meta["num_spans"]:
+        expected["weights.bin"] = SPAN.itemsize * meta["num_spans"]
     expected["tokens.bin"] = np.dtype(meta["tokens_dtype"]).itemsize * meta["num_tokens"]
     expected["trained.bin"] = -(-meta["num_tokens"] // 8)
-    return sizes == expected and meta["format_version"] == FORMAT_VERSION
+    return sizes == expected
 
 
 class _Shard:
@@ -130,6 +152,19 @@ class _Shard:
         )
         self._tokens = _mapped(directory / "tokens.bin", np.dtype(meta["tokens_dtype"]))
         self._trained = _mapped(directory / "trained.bin", np.uint8)
+        self.spans = _mapped(directory / "weights.bin", SPAN) if meta["num_spans"] else NO_SPANS
+
+    @cached_property
+    def loss_weight(self) -> NDArray[np.float64]:
+        """(documents,) what the labels of each document weigh together."""
+        owners = np.searchsorted(self._edges, self.spans["start"], side="right") - 1
+        extra = np.bincount(owners, weights=surplus(self.spans), minlength=len(self.lengths))
+        return self.num_loss_tokens + extra
+
+    @cached_property
+    def _span_edges(self) -> NDArray[np.int64]:
+        """(documents + 1,) number of the first span of each document."""
+        return np.searchsorted(self.spans["start"], self._edges)
 
     @cached_property
     def _edges(self) -> NDArray[np.int64]:
@@ -139,7 +174,9 @@ class _Shard:
         start, end = int(self._edges[index]), int(self._edges[index + 1])
         first = start // 8
         bits = np.unpackbits(self._trained[first : -(-end // 8)])[start - 8 * first : end - 8 * first]
-        return Document(self._tokens[start:end].astype(np.uint32), bits.view(np.bool_))
+        document = Document(self._tokens[start:end].astype(np.uint32), bits.view(np.bool_))
+        spans = self.spans[slice(*self._span_edges[index : index + 2])] if len(self.spans) else NO_SPANS
+        return document._replace(weights=dense(spans, start, end)) if len(spans) else document
 
 
 class Shards:
@@ -173,6 +210,13 @@ class Shards:
         """(documents,) labels of each document: trained tokens that have a predecessor in it. At least 1."""
         counts = [shard.num_loss_tokens for shard in self._shards]
         return np.concatenate([np.empty(0, np.int64), *counts]).astype(np.int64)
+
+    @cached_property
+    def loss_weight(self) -> NDArray[np.float64] | None:
+        """(documents,) what the labels of each document weigh in the loss together; None where every label weighs 1."""
+        if not any(len(shard.spans) for shard in self._shards):
+            return None
+        return np.concatenate([shard.loss_weight for shard in self._shards])
 
     @property
     def fingerprint(self) -> str:
