@@ -16,6 +16,7 @@ from tuner.config import render
 from tuner.demo.files import resolve
 from tuner.engine.checkpoint import find_checkpoint, list_checkpoints, verify_checkpoint
 from tuner.errors import UserError
+from tuner.model.build import build_llm
 from tuner.train import check_vocabulary, train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -193,4 +194,7 @@ def test_an_embedding_larger_than_the_tokenizer_is_fine():
 
 def test_the_checkpoint_holds_the_models_own_names(run):
     names = set(load_file(find_checkpoint(run) / WEIGHTS))
-    assert {"model.tok_embeddings.weight", "output.weight", "model.layers.1.attention.wqkv.weight"} <= names
+    llm = build_llm("demo:model", weights="random")
+    assert llm.config.tie_word_embeddings  # the output is the embedding: it is kept once
+    assert names == set(llm.state_dict()) - {"output.weight"}
+    assert "model.layers.1.attention.wqkv.weight" in names

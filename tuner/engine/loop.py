@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mmengine.runner import BaseLoop
 from torch.utils.data import DataLoader
 
-from tuner.engine.checkpoint import write_text_atomically
+from tuner.engine.checkpoint import list_checkpoints, write_text_atomically
 from tuner.engine.randomness import random_state_kept
 from tuner.engine.strategy import NonFiniteStepError
 from tuner.errors import UserError
@@ -62,7 +62,8 @@ class TrainLoop(BaseLoop):
         documents = self.dataloader.dataset.document_ids(self.dataloader.sampler.plan(step))
         report = {"step": step, "problem": str(error), "documents": documents}
         write_text_atomically(path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        remedy = "go on with --resume" if list_checkpoints(Path(self.runner.work_dir)) else "start again"
         return NonFiniteError(
             f"Step {step} of {self.num_steps} is not finite ({error}); training stopped, no checkpoint was written. "
-            f"Its documents are listed in {path}. Look at them, lower lr or max_grad_norm, and go on with --resume."
+            f"Its documents are listed in {path}. Look at them, lower lr or max_grad_norm, and {remedy}."
         )
