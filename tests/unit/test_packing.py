@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from tuner.dataset.packing import _mix, pack, pack_each, permutation, random_bits
+from tuner.dataset.packing import RUN, _mix, balanced_order, pack, pack_each, permutation, random_bits, reorder
 from tuner.errors import UserError
 
 
@@ -43,10 +43,68 @@ def test_every_document_is_in_exactly_one_pack_and_no_pack_is_too_long(lengths):
     assert sum(len(packs[p]) for p in range(len(packs))) == len(lengths)
 
 
+def long_conversations(number: int, max_length: int) -> np.ndarray:
+    return np.random.default_rng(0).lognormal(7, 1.2, number).clip(2, max_length).astype(np.int64)
+
+
+def chats_papers_and_books(number: int, max_length: int) -> np.ndarray:
+    """Four fifths of short chats, a few papers, and books that are cut to max_length."""
+    rng = np.random.default_rng(0)
+    kinds = [(6, 0.8, number * 80 // 100), (8.3, 0.7, number * 18 // 100), (10.5, 0.8, number * 2 // 100)]
+    lengths = np.concatenate([rng.lognormal(mean, spread, size) for mean, spread, size in kinds])
+    return rng.permutation(lengths).clip(2, max_length).astype(np.int64)
+
+
+@pytest.mark.parametrize("draw", [long_conversations, chats_papers_and_books])
 @pytest.mark.parametrize(("max_length", "least"), [(4096, 0.999), (32768, 0.999), (200_000, 0.998)])
-def test_packs_are_full_at_every_context_length(max_length, least):
-    lengths = np.random.default_rng(0).lognormal(7, 1.2, 60_000).clip(2, max_length).astype(np.int64)
+def test_packs_are_full_at_every_context_length(draw, max_length, least):
+    lengths = draw(60_000, max_length)
     assert pack(lengths, max_length, (0,)).sizes(lengths).mean() / max_length >= least
+
+
+def waiting(packs, lengths: np.ndarray, num_ranks: int) -> float:
+    """What the slowest of the ranks takes over what they take on average, in attention, step after step."""
+    costs = packs.sizes(lengths**2)
+    steps = costs[: len(costs) // num_ranks * num_ranks].reshape(-1, num_ranks)
+    return float(steps.max(1).sum() / steps.mean(1).sum())
+
+
+@pytest.mark.parametrize(("max_length", "most"), [(4096, 1.01), (32768, 1.02), (200_000, 1.05)])
+def test_ranks_that_meet_in_a_step_have_packs_of_like_cost(max_length, most):
+    lengths = chats_papers_and_books(60_000, max_length)
+    packs = pack(lengths, max_length, (0, 0))
+    at_random = reorder(packs.documents, np.diff(packs.edges), permutation(len(packs), (9,)))
+    assert waiting(at_random, lengths, 8) > 1.4
+    for num_ranks in (2, 4, 8):
+        assert waiting(packs, lengths, num_ranks) < most
+    alone = pack_each(lengths, (0, 0))
+    alone_at_random = reorder(alone.documents, np.ones_like(lengths), permutation(len(lengths), (9,)))
+    assert waiting(alone, lengths, 8) < 0.4 * waiting(alone_at_random, lengths, 8)
+
+
+def test_balance_leaves_no_trend_of_cost_in_an_epoch():
+    costs = np.random.default_rng(1).lognormal(7, 1.5, 20_005).astype(np.int64)
+    order = balanced_order(costs, (4, 0))
+    assert sorted(order.tolist()) == list(range(len(costs)))
+    parts = [part.mean() / costs.mean() for part in np.array_split(costs[order], 5)]
+    assert max(parts) < 1.25
+    assert min(parts) > 0.8
+    runs = costs[order[: len(order) // RUN * RUN]].reshape(-1, RUN)
+    following = np.corrcoef(runs[:-1].mean(1), runs[1:].mean(1))[0, 1]
+    assert abs(following) < 0.05, "a run says nothing of the next"
+    first_to_last = [
+        costs[balanced_order(costs, (seed,))][:20_000].reshape(-1, RUN)[:, [0, -1]].sum(0) for seed in range(8)
+    ]
+    assert 0.8 < np.mean([first / last for first, last in first_to_last]) < 1.25, "no rank always has the cheapest"
+
+
+def test_the_company_of_a_pack_changes_with_the_epoch():
+    costs = np.random.default_rng(1).integers(1, 10**9, 4096)
+    one, other = (balanced_order(costs, (4, epoch)).reshape(-1, RUN) for epoch in (0, 1))
+    pairs = [
+        {tuple(sorted((a, b))) for run in order.tolist() for a in run for b in run if a != b} for order in (one, other)
+    ]
+    assert len(pairs[0] & pairs[1]) < 0.2 * len(pairs[0])
 
 
 def test_seeds_give_other_packs_of_the_same_sizes():
@@ -86,10 +144,11 @@ def test_a_permutation_has_no_bias_of_place():
 
 
 def test_without_packing_each_document_is_a_pack_of_its_own():
-    packs = pack_each(50, (0, 1))
+    lengths = lognormal_lengths(50, 1000)
+    packs = pack_each(lengths, (0, 1))
     assert [len(packs[p]) for p in range(len(packs))] == [1] * 50
     assert sorted(packs.documents.tolist()) == list(range(50))
-    assert packs.documents.tolist() != pack_each(50, (0, 2)).documents.tolist()
+    assert packs.documents.tolist() != pack_each(lengths, (0, 2)).documents.tolist()
 
 
 def test_a_document_over_max_length_is_refused_with_both_numbers():

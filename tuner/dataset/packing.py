@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from tuner.errors import UserError
 
 IntArray = NDArray[np.int64]
+RUN = 8  # packs of like cost that follow each other
+WINDOW = 1024  # packs, drawn at random, among which like is put to like
 BITS_BESIDE_LENGTH = 24  # of a sorting key of 64: lengths up to 2**40, and 24 random bits to order equal lengths
 
 
@@ -52,9 +54,9 @@ def pack(lengths: IntArray, max_length: int, seed: Sequence[int]) -> Packs:
 
     Best-fit decreasing: the longest document left goes to the fullest pack that has room. Which lengths meet in a pack
     follows from the lengths alone, so the number of packs does not depend on the seed; the seed (any integers, such as
-    (seed, epoch)) says which of the documents of a length goes where, and the order of the packs; documents of lengths
-    that no other has keep their company. The same on every platform and with every version of numpy: random numbers
-    are splitmix64 of the seed and the document's number.
+    (seed, epoch)) says which of the documents of a length goes where, and the order of the packs (`balanced_order`);
+    documents of lengths that no other has keep their company. The same on every platform and with every version of
+    numpy: random numbers are splitmix64 of the seed and the document's number.
     Raises UserError if a document is longer than `max_length`.
     """
     if not len(lengths):
@@ -67,13 +69,30 @@ def pack(lengths: IntArray, max_length: int, seed: Sequence[int]) -> Packs:
     ordered, starts = _by_length(lengths, seed)
     kinds = _best_fit(np.diff(starts), max_length)
     documents, sizes = _fill(kinds, ordered, starts)
-    order = permutation(len(sizes), seed)
-    return _reorder(documents, sizes, order)
+    costs = np.add.reduceat(lengths[documents] ** 2, np.cumsum(sizes) - sizes)
+    return reorder(documents, sizes, balanced_order(costs, seed))
 
 
-def pack_each(num_documents: int, seed: Sequence[int]) -> Packs:
-    """One document per pack, in a random order."""
-    return Packs(permutation(num_documents, seed), np.arange(num_documents + 1))
+def pack_each(lengths: IntArray, seed: Sequence[int]) -> Packs:
+    """One document per pack, in the order that `pack` would give such packs."""
+    return Packs(balanced_order(lengths**2, seed), np.arange(len(lengths) + 1))
+
+
+def balanced_order(costs: IntArray, seed: Sequence[int]) -> IntArray:
+    """Packs in random order, but in runs of RUN whose costs are alike; `costs` (packs,): what attention takes of each.
+
+    Ranks that take the packs of a run at the same time wait little for each other. Packs are shuffled, sorted by cost
+    inside windows of WINDOW and cut into runs, and the runs are shuffled: no part of an epoch has more of the long
+    documents than another. Costs rise in every other run and fall in those between, so that no rank always has the
+    most. The packs that fill no run come last.
+    """
+    shuffled = permutation(len(costs), seed)
+    num_runs = len(costs) // RUN
+    inside, rest = np.split(shuffled, [num_runs * RUN])
+    ordered = inside[np.lexsort((costs[inside], np.arange(len(inside)) // WINDOW))]
+    runs = ordered.reshape(num_runs, RUN)[permutation(num_runs, [*seed, 2])]
+    runs[1::2] = runs[1::2, ::-1]
+    return np.concatenate([runs.ravel(), rest])
 
 
 def permutation(number: int, seed: Sequence[int]) -> IntArray:
@@ -200,7 +219,7 @@ def _fill(kinds: list[_Kind], ordered: IntArray, starts: IntArray) -> tuple[IntA
     return documents, sizes
 
 
-def _reorder(documents: IntArray, sizes: IntArray, order: IntArray) -> Packs:
+def reorder(documents: IntArray, sizes: IntArray, order: IntArray) -> Packs:
     """The packs in another order."""
     starts = np.cumsum(sizes) - sizes
     edges = np.concatenate([[0], np.cumsum(sizes[order])])
