@@ -32,7 +32,21 @@ def documents() -> list[Document]:
     return made
 
 
-def step(packing: str, optimizer: dict, num_steps: int = 1) -> tuple[dict, dict, object]:
+def weighted() -> list[Document]:
+    """The same documents; their labels' weights differ from token to token, but for two documents without any."""
+    generator = np.random.default_rng(1)
+    given = [generator.uniform(0.1, 3, length).astype(np.float32) for length in LENGTHS]
+    return [d if i in (0, 5) else d._replace(weights=given[i]) for i, d in enumerate(documents())]
+
+
+def sum_of_weights(document: Document) -> float:
+    weights = np.ones(len(document.ids)) if document.weights is None else document.weights.astype(np.float64)
+    return float(weights[1:][document.trained[1:]].sum())
+
+
+def step(
+    packing: str, optimizer: dict, num_steps: int = 1, made: list[Document] | None = None
+) -> tuple[dict, dict, object]:
     """Weights before and after, and the last step's numbers."""
     config = InternLM2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -45,8 +59,9 @@ def step(packing: str, optimizer: dict, num_steps: int = 1) -> tuple[dict, dict,
     wrapper = {"optimizer": optimizer, "clip_grad": {"max_norm": 0.5 if optimizer["type"] is AdamW else None}}
     schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
     strategy.prepare(SFT(llm), optim_wrapper=wrapper, param_scheduler=schedule, num_steps=100)
-    made = documents()
-    total = sum(int(document.trained[1:].sum()) for document in made)
+    plain = sum(int(document.trained[1:].sum()) for document in documents())
+    total = plain if made is None else sum(map(sum_of_weights, made))
+    made = made or documents()
     batches = [collate([made[index] for index in pack], total) for pack in PACKINGS[packing]]
     results = [strategy.train_step(batches) for _ in range(num_steps)]
     return before, {name: weight.detach() for name, weight in llm.named_parameters()}, results[-1]
@@ -63,6 +78,20 @@ def test_every_parameters_gradient_is_the_same_in_float64(packing):
         gradient, reference = before[name] - weight, before[name] - other[name]
         assert reference.norm() > 1e-8, name
         assert (gradient - reference).norm() < 1e-12 * reference.norm() + 1e-15, name
+
+
+@pytest.mark.parametrize("packing", list(PACKINGS)[:2])
+def test_with_loss_weights_too_every_gradient_is_the_same_and_not_the_plain_one(packing):
+    before, after, result = step(packing, {"type": SGD, "lr": 1.0}, made=weighted())
+    _, other, expected = step("three packs, another order", {"type": SGD, "lr": 1.0}, made=weighted())
+    _, plain, unweighted = step(packing, {"type": SGD, "lr": 1.0})
+    assert result.loss == pytest.approx(expected.loss, rel=1e-12)
+    assert result.loss != pytest.approx(unweighted.loss, rel=1e-3)
+    assert result.num_loss_tokens == unweighted.num_loss_tokens, "the number of labels, which is what the step costs"
+    for name, weight in after.items():
+        gradient, reference = before[name] - weight, before[name] - other[name]
+        assert (gradient - reference).norm() < 1e-12 * reference.norm() + 1e-15, name
+        assert (gradient - (before[name] - plain[name])).norm() > 1e-3 * reference.norm(), name
 
 
 @pytest.mark.parametrize("packing", list(PACKINGS)[:2])

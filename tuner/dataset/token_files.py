@@ -19,7 +19,7 @@ def write(path: str | Path, documents: Iterable[Document]) -> int:
     """Write documents, one after the other, to `path` (NAME.bin) and NAME.bin.meta; how many there were.
 
     A token without loss is written as its negative, so token 0 always has loss. Both files appear once they are whole.
-    Raises UserError for another ending, and for a token 0 without loss.
+    Raises UserError for another ending, for a token 0 without loss, and for tokens whose loss does not weigh 1.
     """
     path = Path(path)
     if path.suffix != ENDING:
@@ -65,6 +65,11 @@ def _append(file: BinaryIO, document: Document, number: int) -> tuple[int, int]:
 def _signed(document: Document, number: int) -> NDArray[np.int64]:
     """(tokens,) ids, negative where nothing is trained."""
     ids = document.ids.astype(np.int64)
+    if document.weights is not None:
+        raise UserError(
+            f"document {number}: tokens whose loss weighs other than 1, which a .bin file cannot say: its tokens have "
+            "loss or have none. Leave the weights out of the rows."
+        )
     if np.any((ids == 0) & ~document.trained):
         raise UserError(
             f"document {number}: token 0 without loss, which a .bin file cannot say: it marks such tokens by a minus. "
