@@ -15,8 +15,11 @@ from tuner.dataset.build import build_shards
 from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
 from tuner.dataset.format_choice import mistake_in
+from tuner.dataset.hub import PREFIX as HUB_PREFIX
+from tuner.dataset.hub import parse as parse_hub_name
+from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.rendering import LOSS_ON
-from tuner.dataset.sources import expand
+from tuner.dataset.sources import expand, parse_entry
 from tuner.demo.files import PREFIX
 from tuner.engine.strategy import PRECISIONS
 from tuner.errors import UserError
@@ -109,6 +112,7 @@ CHOICES: dict[str, Collection[str]] = {
     "on_bad_row": ON_BAD_ROW,
     "chat_template": CHAT_TEMPLATES,
     "loss_on": LOSS_ON,
+    "parallel_tool_calls": PARALLEL_TOOL_CALLS,
 }
 OTHER_NAMES = {"max_norm": "max_grad_norm"}  # of a setting, where it arrives in the assembly
 
@@ -213,13 +217,13 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
 
 
 def wrong_data_files(nodes: list[Node]) -> list[str]:
-    """Data files that are missing, empty or unreadable; those of the demo are made when they are opened."""
-    paths: list[str] = []
-    for node in nodes:
-        if node.type is build_shards and "path" in node.values:
-            given = node.values["path"]
-            paths += [given] if isinstance(given, str) else given
-    found = complaints(expand, [path for path in paths if not path.startswith(PREFIX)])
+    """Data files that are missing, empty or unreadable; those of the demo and the hub are made when they are opened."""
+    given = [node.values["path"] for node in nodes if node.type is build_shards and "path" in node.values]
+    entries = [entry for path in given for entry in ([path] if isinstance(path, (str, Mapping)) else path)]
+    found = complaints(parse_entry, entries)
+    names = [] if found else [name for entry in entries for name in parse_entry(entry)[1]]
+    found += complaints(parse_hub_name, [name for name in names if name.startswith(HUB_PREFIX)])
+    found += complaints(expand, [name for name in names if not name.startswith((PREFIX, HUB_PREFIX))])
     return [f"{problem} data_path names the files to train on." for problem in found]
 
 
@@ -244,7 +248,7 @@ def wrong_models(nodes: list[Node]) -> list[str]:
     return problems
 
 
-def complaints(inspect_path: Callable[[str], object], paths: Collection[str]) -> list[str]:
+def complaints(inspect_path: Callable[[Any], object], paths: Collection[Any]) -> list[str]:
     """The messages of the UserErrors that looking at each path raises."""
     problems = []
     for path in paths:

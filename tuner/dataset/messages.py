@@ -1,7 +1,7 @@
 """The one internal form of a conversation: its words, its tool calls, and the mistakes a row can hold."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tuner.errors import UserError
@@ -87,7 +87,7 @@ def results_after(messages: Sequence[Message], position: int) -> list[Message]:
 
 
 def split_parallel_calls(messages: Sequence[Message]) -> list[Message]:
-    """One action per assistant turn, each followed by its own result.
+    """One action per assistant turn, each followed by its own result; turns that `arrange_calls` joined stay whole.
 
     The text stays with the first call. Calls at the very end may have no result yet.
     """
@@ -100,10 +100,54 @@ def split_parallel_calls(messages: Sequence[Message]) -> list[Message]:
         calls = message.get("tool_calls") or []
         results = results_after(messages, position) if calls else []
         position += 1 + len(results)
-        if not calls:
-            split.append(message)
+        if not calls or message.get("joined"):
+            split += [message, *results]
+            continue
         for place, (call, result) in enumerate(zip(calls, match_results(calls, results))):
             content = message.get("content") if place == 0 else ""
             split.append({**message, "content": content, "tool_calls": [call]})
             split.extend([] if result is None else [result])
     return split
+
+
+def join_parallel_calls(messages: Sequence[Message]) -> list[Message]:
+    """Turns with several calls marked to stay whole, their results in the order of the calls."""
+    joined: list[Message] = []
+    for position, message in enumerate(messages):
+        calls = message.get("tool_calls") or []
+        if message["role"] == "tool":
+            continue
+        results = results_after(messages, position) if calls else []
+        several = {"joined": True} if len(calls) > 1 else {}
+        if len(set(map(is_interpreter, calls))) > 1:
+            raise RowError(
+                f"Expected calls of one kind in message {position}, got functions and code, whose results have different "
+                'names. Set parallel_tool_calls = "split".'
+            )
+        joined += [{**message, **several}, *filter(None, match_results(calls, results))]
+    return joined
+
+
+def refuse_parallel_calls(messages: Sequence[Message]) -> list[Message]:
+    """The messages as they are. Raises RowError for a turn with several calls."""
+    for position, message in enumerate(messages):
+        calls = message.get("tool_calls") or []
+        if len(calls) > 1:
+            raise RowError(
+                f'Expected one call a turn (parallel_tool_calls = "error"), got {len(calls)} in message {position}. '
+                'Set parallel_tool_calls = "split" for a turn each, or "join" for one turn.'
+            )
+    return list(messages)
+
+
+def keep_parallel_calls(messages: Sequence[Message]) -> list[Message]:
+    """The messages as they are: the template's own grammar decides, InternLM2's splits and Qwen's joins."""
+    return list(messages)
+
+
+PARALLEL_TOOL_CALLS: dict[str, Callable[[Sequence[Message]], list[Message]]] = {
+    "template": keep_parallel_calls,
+    "split": split_parallel_calls,
+    "join": join_parallel_calls,
+    "error": refuse_parallel_calls,
+}

@@ -17,11 +17,13 @@ from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG, EncodedChunk, RowEncod
 from tuner.dataset.fingerprint import changes, code_digest, digest
 from tuner.dataset.format_choice import Format, choose_format, mistake_in
 from tuner.dataset.ledger import Ledger
+from tuner.dataset.messages import PARALLEL_TOOL_CALLS
+from tuner.dataset.mixture import Share
 from tuner.dataset.read import Chunk, file_kind, read_chunks
 from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
 from tuner.dataset.rendering import LOSS_ON, Rendering
 from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
-from tuner.dataset.sources import content_digest, expand, read_record, record_path, write_record
+from tuner.dataset.sources import DataPath, content_digest, find_sources, read_record, record_path, write_record
 from tuner.dataset.tokenize import Encoder
 from tuner.dataset.workers import Workers, num_cores
 from tuner.demo.files import cache_root
@@ -32,7 +34,7 @@ SMALL_BYTES = 4 << 20  # tokenised sooner than worker processes have started
 
 
 def build_shards(
-    path: str | list[str],
+    path: DataPath,
     *,
     data_format: str | Format,
     chat_template: str | Rendering,
@@ -42,7 +44,7 @@ def build_shards(
     on_bad_row: str = "raise",
     cache_dir: str | Path | None = None,
 ) -> Shards:
-    """Tokenise data files (paths, globs, `demo:` names), or open what an earlier run has made of them.
+    """Tokenise data files (see `find_sources`), or open what an earlier run has made of them.
 
     `data_format` is a key of FORMATS, "auto", module:function or a function row -> sample, `chat_template` one of
     CHAT_TEMPLATES or a Rendering, which also says what is trained. Documents over `max_length` tokens are cut short,
@@ -51,15 +53,18 @@ def build_shards(
     """
     rendering = Rendering(chat_template) if isinstance(chat_template, str) else chat_template
     _check_settings(data_format, rendering, max_length, too_long, on_bad_row)
-    files = expand(path)
+    sources = find_sources(path)
+    files = [file for source in sources for file in source.files]
     template = CHAT_TEMPLATES[rendering.chat_template]
     encoder = Encoder.from_tokenizer(tokenizer, template)
-    name, to_sample = choose_format(data_format, files)
+    name, to_sample = choose_format(data_format, files, rendering.parallel_tool_calls)
     choices = (rendering.loss_on, rendering.train_newline)
     rows = RowEncoder(to_sample, template, encoder, max_length, too_long, on_bad_row, *choices)
     ingredients = {"data_format": name, **asdict(rendering)}
     directory = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "shards"
     shards = Preparation(rows, ingredients, directory, num_workers=num_cores()).run(files)
+    shares = [Share(name, weight, len(own)) for name, weight, own in sources if weight is not None]
+    shards = Shards(shards.directories, files, shares) if shares else shards
     print(shards.ledger.table(), flush=True)
     if not len(shards):
         raise UserError(f"No document is left of {', '.join(map(str, files))}: see the token ledger above.")
@@ -196,6 +201,7 @@ def _check_settings(
     for name, value, allowed in (
         ("chat_template", rendering.chat_template, CHAT_TEMPLATES),
         ("loss_on", rendering.loss_on, LOSS_ON),
+        ("parallel_tool_calls", rendering.parallel_tool_calls, PARALLEL_TOOL_CALLS),
         ("too_long", too_long, TOO_LONG),
         ("on_bad_row", on_bad_row, ON_BAD_ROW),
     ):

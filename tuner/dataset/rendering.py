@@ -19,6 +19,7 @@ class Rendering:
     chat_template: str
     loss_on: str = "assistant"
     train_newline: bool = False
+    parallel_tool_calls: str = "template"  # a key of messages.PARALLEL_TOOL_CALLS
 
 
 def is_loss(value: object) -> bool:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # settings that decide which tokens are in which step: a resumed run with others would be a third run, neither of two
 DATA_SETTINGS = (
-    "data_format", "chat_template", "loss_on", "train_newline", "max_length", "too_long", "on_bad_row", "pack",
-    "num_accumulation_steps", "seed",
+    "data_format", "chat_template", "loss_on", "train_newline", "parallel_tool_calls", "max_length", "too_long",
+    "on_bad_row", "pack", "num_accumulation_steps", "seed",
 )  # fmt: skip
 # settings that change nothing which is computed; of the data it is the content that counts, not the path
 FREE_SETTINGS = (

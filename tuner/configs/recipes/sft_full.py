@@ -24,11 +24,12 @@ gradient_checkpointing = True  # compute activations again in the backward pass:
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
 
 # settings: the data
-data_path: str | list[str] = "train.jsonl"  # file, pattern such as "data/*.jsonl", or a list of them
+data_path: str | list[str | dict] = "train.jsonl"  # file, "data/*.jsonl", "hub:NAME"; a list, {"path":, "weight":} in it
 data_format = "openai"  # what rows look like: "openai", "auto" (looks into them) or another of `tuner list-formats`
 chat_template = "internlm2"  # how turns become tokens: the one that the model was made with
 loss_on = "assistant"  # every "assistant" turn; the "last" only; tool "calls" only; or the "thoughts" before a call
 train_newline = False  # whether what stands behind an answer's end mark is trained: "\n", nothing in Llama 3
+parallel_tool_calls = "template"  # several in a turn: "split" over turns, "join", "error", or the template's own way
 max_length = 32768  # tokens in a pack, and at most in a conversation
 too_long = "truncate"  # what happens to a longer conversation: "truncate", "split" or "drop"; counted in the ledger
 on_bad_row = "raise"  # a row that cannot be read: "raise" stops, "skip" counts it and writes it to a file
@@ -63,7 +64,13 @@ train_dataset = dict(
         type=build_shards,
         path=data_path,
         data_format=data_format,
-        chat_template=dict(type=Rendering, chat_template=chat_template, loss_on=loss_on, train_newline=train_newline),
+        chat_template=dict(
+            type=Rendering,
+            chat_template=chat_template,
+            loss_on=loss_on,
+            train_newline=train_newline,
+            parallel_tool_calls=parallel_tool_calls,
+        ),
         tokenizer=tokenizer,
         max_length=max_length,
         too_long=too_long,
