@@ -31,8 +31,12 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
+        "data": ["datasets>=3", "pyarrow>=15"],
         "flash": ["flash-attn>=2.7"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.15"],
+        "dev": [
+            *("datasets>=3", "pyarrow>=15", "hypothesis>=6.100"),
+            *("pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.15"),
+        ],
     },
     entry_points={"console_scripts": ["tuner = tuner.cli:main"]},
 )

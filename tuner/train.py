@@ -72,7 +72,7 @@ def build_runner(
 
 def save_ledger(dataloader: DataLoader, work_dir: Path) -> None:
     """Where every token went, beside the run that used them."""
-    ledger = dataloader.dataset.ledger.to_dict()
+    ledger = dataloader.dataset.ledger.to_dict() | {"sources": dataloader.dataset.contributions}
     write_text_atomically(work_dir / "ledger.json", json.dumps(ledger, ensure_ascii=False, indent=1) + "\n")
 
 

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from tuner.dataset.collate import Batch, collate, num_padding
-from tuner.dataset.ledger import Ledger
+from tuner.dataset.contributions import contributions, contributions_table, share_starts
+from tuner.dataset.ledger import Count, Ledger
+from tuner.dataset.mixture import Mixture
 from tuner.dataset.packing import Packs, pack, pack_each
 from tuner.dataset.prepare import build_shards
 from tuner.dataset.sampler import StepPlan, StepSampler
@@ -42,13 +44,20 @@ class PackedDataset:
         self.max_length, self.seed, self.pack = max_length, seed, pack
         self.pad_to_multiple_of = pad_to_multiple_of
         self._epochs: OrderedDict[int, Packs] = OrderedDict()
+        self._mixture = self._mixed() if shards.shares else None
         sizes = self.packs(0).sizes(shards.lengths)
         self.num_packs = len(sizes)
         padding = sum(num_padding(size, pad_to_multiple_of) for size in sizes.tolist()) if pad_to_multiple_of > 1 else 0
-        ledger = replace(shards.ledger, packs=self.num_packs, max_length=max_length, padding=padding)
+        drawn = Count(len(self.packs(0).documents), int(sizes.sum())) if self._mixture else Count()
+        ledger = replace(shards.ledger, drawn=drawn, packs=self.num_packs, max_length=max_length, padding=padding)
         self.ledger: Ledger = ledger
         """where the tokens went, padding of an epoch included: the same in each, for the sizes of packs are"""
-        print(f"{len(shards):,} documents in {self.num_packs:,} packs of {max_length:,}, {ledger.efficiency:.2%} full")
+        self.contributions = contributions(shards, self.packs(0))
+        """what each source has, and what of it comes in an epoch"""
+        if self._mixture:
+            print(contributions_table(self.contributions))
+        number = ledger.drawn.documents or len(shards)
+        print(f"{number:,} documents in {self.num_packs:,} packs of {max_length:,}, {ledger.efficiency:.2%} full")
 
     @property
     def num_loss_tokens(self) -> NDArray[np.int64] | NDArray[np.float64]:
@@ -57,7 +66,7 @@ class PackedDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process gets plans, which name the documents; it needs no packs."""
-        return {**self.__dict__, "_epochs": OrderedDict()}
+        return {**self.__dict__, "_epochs": OrderedDict(), "_mixture": None}
 
     def packs(self, epoch: int) -> Packs:
         """The packs of an epoch: a function of (lengths, max_length, seed, epoch)."""
@@ -83,8 +92,15 @@ class PackedDataset:
         return [self.shards.source(index) for documents in plan.packs for index in documents]
 
     def _packed(self, epoch: int) -> Packs:
+        if self._mixture:
+            return self._mixture.packs(epoch)
         seed = (self.seed, epoch)
-        return pack(self.shards.lengths, self.max_length, seed) if self.pack else pack_each(len(self.shards), seed)
+        return pack(self.shards.lengths, self.max_length, seed) if self.pack else pack_each(self.shards.lengths, seed)
+
+    def _mixed(self) -> Mixture:
+        """The packs of weighted sources. Raises UserError for a source that has no document left."""
+        shards, weights = self.shards, [share.weight for share in self.shards.shares]
+        return Mixture(weights, share_starts(shards), shards.lengths, self.max_length, seed=self.seed, pack=self.pack)
 
 
 def build_dataloader(

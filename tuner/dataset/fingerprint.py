@@ -15,7 +15,7 @@ from tuner.errors import UserError
 # Modules of this package that act before rows are read or after shards are written: a change in them changes none.
 AFTER_SHARDS = (
     *("__init__", "build", "cache", "collate", "detection", "joining", "listing"),
-    *("packing", "prepare", "sampler", "sources", "workers"),
+    *("packing", "prepare", "sampler", "sources", "workers", "mixture", "contributions", "hub", "token_files"),
 )
 
 

@@ -39,6 +39,7 @@ class Ledger:
     unpredicted: int = 0  # part of masked: would be trained, but begin a document (or a piece)
     trained: int = 0
     weight_surplus: float = 0.0  # what the trained tokens weigh in the loss, less their number: 0 where each weighs 1
+    drawn: Count = NONE  # by the first epoch, where sources have weights: a document comes often, once or not at all
     packs: int = 0  # of an epoch
     max_length: int = 0  # of a pack
     padding: int = 0  # tokens that an epoch's batches add
@@ -64,7 +65,8 @@ class Ledger:
     @property
     def efficiency(self) -> float:
         """Share of the packs' room that documents fill."""
-        return self.kept.tokens / (self.packs * self.max_length) if self.packs else 0.0
+        tokens = self.drawn.tokens or self.kept.tokens
+        return tokens / (self.packs * self.max_length) if self.packs else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -97,6 +99,8 @@ class Ledger:
             notes.append(f"masked holds {self.unpredicted:,} first tokens, which nothing predicts")
         if self.weight_surplus:
             notes.append(f"the trained tokens weigh {self.trained + self.weight_surplus:,.1f} in the loss")
+        if self.drawn.tokens:
+            lines.append(("drawn, an epoch", *self.drawn))
         if self.packs:
             lines.append(("+ padding", None, self.padding))
             notes.append(f"{self.packs:,} packs of {self.max_length:,} an epoch, {self.efficiency:.2%} full")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tuner.dataset.documents import BadRow, Block
 from tuner.dataset.ledger import Ledger
 from tuner.dataset.loss_weights import NO_SPANS, SPAN, Spans, dense, surplus
+from tuner.dataset.mixture import Share
 from tuner.dataset.tokenize import Document
 
 FORMAT_VERSION = 2
@@ -182,15 +183,16 @@ class _Shard:
 class Shards:
     """The documents of several data files, one shard each, numbered in the order of the files. Opened, not loaded."""
 
-    def __init__(self, directories: Sequence[Path], sources: Sequence[Path]) -> None:
-        self.directories, self.sources = list(directories), list(sources)
+    def __init__(self, directories: Sequence[Path], sources: Sequence[Path], shares: Sequence[Share] = ()) -> None:
+        """`shares` are the weighted sources that the files belong to, in order; () where none has a weight."""
+        self.directories, self.sources, self.shares = list(directories), list(sources), list(shares)
         self._shards = [_Shard(directory) for directory in self.directories]
         self._starts = np.cumsum([0, *(len(shard.lengths) for shard in self._shards)])
         self.ledger = sum((shard.ledger for shard in self._shards), Ledger()).check()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the files for itself."""
-        return Shards, (self.directories, self.sources)
+        return Shards, (self.directories, self.sources, self.shares)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -221,7 +223,9 @@ class Shards:
     @property
     def fingerprint(self) -> str:
         """sha256: the same wherever the same documents stand in the same order, however they came to be."""
-        return hashlib.sha256(json.dumps([shard.content for shard in self._shards]).encode()).hexdigest()
+        contents: list[Any] = [shard.content for shard in self._shards]
+        contents += [[share.weight, share.num_files] for share in self.shares]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     def document(self, index: int) -> Document:
         """Document number `index`."""

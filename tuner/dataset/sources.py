@@ -3,11 +3,14 @@
 import glob
 import hashlib
 import json
+import math
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from tuner.dataset import hub
 from tuner.dataset.cache import hash_file
 from tuner.dataset.read import file_kind
 from tuner.dataset.reading.stamps import check_unchanged, stamp
@@ -15,21 +18,69 @@ from tuner.demo.files import resolve
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean
 
+DataPath = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 SETTLED_SECONDS = 2.0  # a file younger than this may change again without a new time stamp
 
 
-def expand(path: str | list[str]) -> list[Path]:
-    """Paths, globs and `demo:` names -> files, globs sorted. Raises UserError for what is missing, empty or unknown."""
-    patterns = [path] if isinstance(path, str) else list(path)
-    if not patterns:
+class Source(NamedTuple):
+    """An entry of data_path: its files, and its weight if it has one."""
+
+    name: str
+    weight: float | None
+    files: list[Path]
+
+
+def expand(path: DataPath) -> list[Path]:
+    """The files that `path` names, in order; see `find_sources`."""
+    return [file for source in find_sources(path) for file in source.files]
+
+
+def find_sources(path: DataPath) -> list[Source]:
+    """Entries of data_path -> sources: paths, globs (sorted), `demo:` and `hub:` names, or dict(path=..., weight=...).
+
+    Raises UserError for what is missing, empty, unknown or named twice, and for weights that cannot be shares.
+    """
+    entries = [path] if isinstance(path, str | Mapping) else list(path)
+    if not entries:
         raise UserError("data_path is an empty list. Give at least one file.")
-    files = [file for pattern in patterns for file in _expand_one(pattern)]
+    sources = [
+        Source(name, weight, [file for pattern in patterns for file in _expand_one(pattern)])
+        for name, patterns, weight in map(parse_entry, entries)
+    ]
+    unweighted = [source.name for source in sources if source.weight is None]
+    if unweighted and len(unweighted) < len(sources):
+        raise UserError(
+            f"data_path gives a weight to some sources and none to {', '.join(unweighted)}. Give all of them one, "
+            "dict(path=..., weight=...), or none."
+        )
+    files = [file for source in sources for file in source.files]
     twice = sorted({str(file) for file in files if files.count(file) > 1})
     if twice:
         raise UserError(f"data_path names these files more than once: {', '.join(twice)}. Name each file once.")
     for file in files:
         _check(file)
-    return files
+    return sources
+
+
+def parse_entry(entry: object) -> tuple[str, list[str], float | None]:
+    """An entry of data_path -> its name, its paths and its weight. Raises UserError for anything else."""
+    if isinstance(entry, str):
+        return entry, [entry], None
+    if not isinstance(entry, Mapping):
+        raise UserError(f"data_path holds {entry!r}. Expected: a path, or dict(path=..., weight=...).")
+    unknown = [str(key) for key in entry if key not in ("path", "weight")]
+    if unknown or set(entry) != {"path", "weight"}:
+        hint = did_you_mean(unknown[0], ["path", "weight"]) if unknown else ""
+        raise UserError(f"data_path has an entry with {sorted(map(str, entry))}. Expected: 'path' and 'weight'.{hint}")
+    path, weight = entry["path"], entry["weight"]
+    paths = [path] if isinstance(path, str) else path
+    if not isinstance(paths, list | tuple) or not paths or not all(isinstance(part, str) for part in paths):
+        raise UserError(f"data_path has an entry with path={path!r}. Expected: a path or a list of paths.")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise UserError(
+            f"data_path gives {path} the weight {weight!r}. Expected: a number above 0; leave out what weighs nothing."
+        )
+    return ", ".join(paths), list(paths), float(weight)
 
 
 def content_digest(path: Path, record: dict[str, Any]) -> str:
@@ -69,6 +120,8 @@ def write_record(file: Path, record: dict[str, Any]) -> None:
 
 
 def _expand_one(pattern: str) -> list[Path]:
+    if pattern.startswith(hub.PREFIX):
+        return [hub.fetch(pattern)]
     name = os.path.expanduser(resolve(pattern))
     if os.path.exists(name) or not glob.has_magic(name):
         return [Path(name)]
