@@ -23,7 +23,7 @@ gradient_checkpointing = True  # compute activations again in the backward pass:
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
 
 # settings: the data
-data_path: str | list[str] = "text.jsonl"  # file, pattern such as "data/*.jsonl", or a list of them
+data_path: str | list[str | dict] = "text.jsonl"  # file, "data/*.jsonl", "hub:NAME"; list; {"path":, "weight":} in it
 data_format = "text"  # rows with a "text"; "auto" looks into them; `tuner list-formats` shows the others
 chat_template = "internlm2"  # the one that the model was made with: text never becomes one of its special tokens
 max_length = 32768  # tokens in a pack, and at most in a document

@@ -24,7 +24,7 @@ gradient_checkpointing = True  # compute activations again in the backward pass:
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
 
 # settings: the data
-data_path: str | list[str | dict] = "train.jsonl"  # file, "data/*.jsonl", "hub:NAME"; a list, {"path":, "weight":} in it
+data_path: str | list[str | dict] = "train.jsonl"  # file, "data/*.jsonl", "hub:NAME"; list; {"path":, "weight":} in it
 data_format = "openai"  # what rows look like: "openai", "auto" (looks into them) or another of `tuner list-formats`
 chat_template = "internlm2"  # how turns become tokens: the one that the model was made with
 loss_on = "assistant"  # every "assistant" turn; the "last" only; tool "calls" only; or the "thoughts" before a call
