@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fast", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.load_profile("fast")
 
 ROOT = Path(__file__).resolve().parent.parent
 
