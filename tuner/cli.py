@@ -325,7 +325,7 @@ def preview_command(config: str, settings: Pairs, cfg_options: Pairs, **options:
 
 @cli.command("lint")
 @click.argument("data", nargs=-1, required=True, metavar="DATA...|CONFIG [NAME=VALUE]...")
-@click.option("--format", "data_format", help="Format of the rows of DATA, as in a config's data_format.")
+@click.option("--format", "data_format", help="As in a config's data_format.  [default: found from the rows]")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens that training keeps of a row.")
 @click.option("--model", metavar="DIR", help="Directory or hub name whose tokenizer counts the tokens.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Get all findings as lines.")

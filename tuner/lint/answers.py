@@ -185,11 +185,11 @@ def main_script(text: str) -> str:
 def zero_loss(subject: Subject) -> Iterator[Problem]:
     """Rows of which nothing is trained."""
     size = subject.size
-    if size is not None and size.num_trained_kept == 0:
-        cut = f" of its first {size.max_length:,} tokens" if size.num_trained else ""
-        yield warning(
-            f"nothing{cut} is trained ({size.num_tokens:,} tokens in all). Drop the row, or give it an answer."
-        )
+    if size is not None and size.num_trained_kept == 0 and size.num_trained:
+        told = f"of its {size.num_tokens:,} tokens the first {size.max_length:,} are kept, and none of them is trained"
+        yield warning(f"{told}. Raise max_length, or shorten what comes before the answer.")
+    elif size is not None and size.num_trained_kept == 0:
+        yield warning(f"none of its {size.num_tokens:,} tokens is trained. Drop the row, or give it an answer.")
     elif size is None and subject.messages and not any(map(is_trained, subject.messages)):
         yield warning("nothing is trained: no assistant turn whose loss is on. Drop the row, or give it an answer.")
 

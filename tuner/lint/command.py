@@ -3,7 +3,7 @@
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -13,9 +13,10 @@ from tqdm import tqdm
 from tuner.config import PRESETS, loads, render
 from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import RowEncoder
-from tuner.dataset.format_choice import choose_format
+from tuner.dataset.format_choice import Format, choose_format, find_format
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.formats.detection import AUTO
+from tuner.dataset.formats.known import UNTRAINED
 from tuner.dataset.read import Chunk, read_chunks
 from tuner.dataset.rendering import Rendering
 from tuner.dataset.sources import expand
@@ -25,18 +26,16 @@ from tuner.errors import UserError
 from tuner.lint.findings import Finding, Report
 from tuner.lint.rows import Linted, RowLinter
 from tuner.lint.together import TOGETHER, Facts, join
-from tuner.nearest import nearest
 
 UNCUT = (1 << 31) - 1  # a max_length that no row reaches
 SMALL_BYTES = 16 << 20  # checked sooner than worker processes have started
 EXIT_CLEAN, EXIT_FOUND = 0, 2
-Format = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Target(NamedTuple):
     """What to check, and how training would read it; without a tokenizer no tokens are counted."""
 
-    path: str | list[str]
+    path: Any  # as `sources.expand` takes it
     data_format: str | Format
     tokenizer: Any = None
     rendering: Rendering | None = None
@@ -63,10 +62,10 @@ def lint(
     target = find_target(data, data_format, model)
     if max_length is not None:
         target = target._replace(max_length=max_length)
-    if target.max_length is not None and target.tokenizer is None and max_length is not None:
+    if max_length is not None and target.tokenizer is None:
         raise UserError(f"--max-length {max_length} counts tokens, which needs a tokenizer: --model DIR.")
     files = expand(target.path)
-    linter = row_linter(target)
+    linter = row_linter(target, files)
     with ExitStack() as stack:
         report = Report(limit, stack.enter_context(open_new(json_file)) if json_file else None)
         num_rows = check_files(files, linter, report)
@@ -81,15 +80,9 @@ def find_target(data: Sequence[str], data_format: str | None, model: str | None)
     """What the command line names: a config with settings, or data files."""
     if data[0] in PRESETS or data[0].endswith(".py"):
         target = target_of_config(data[0], data[1:])
-    elif data_format is None:
-        raise UserError(f"--format is missing. Known: {', '.join(FORMATS)}.")
     else:
-        target = Target(list(data), data_format)
+        target = Target(list(data), AUTO)
     if data_format is not None:
-        if data_format not in (AUTO, *FORMATS):
-            raise UserError(
-                f"--format {data_format} is not known: {AUTO}, {', '.join(FORMATS)}.{nearest(data_format, FORMATS)}"
-            )
         target = target._replace(data_format=data_format)
     if model is None:
         return target
@@ -129,7 +122,7 @@ def target_of_config(name: str, settings: Sequence[str]) -> Target:
 
 
 def as_target(
-    path: str | list[str],
+    path: Any,
     *,
     data_format: str | Format,
     chat_template: str | Rendering,
@@ -142,9 +135,12 @@ def as_target(
     return Target(path, data_format, tokenizer, rendering, max_length)
 
 
-def row_linter(target: Target) -> RowLinter:
+def row_linter(target: Target, files: list[Path]) -> RowLinter:
     """The checks for a target, with an encoder that never cuts where there is a tokenizer."""
-    _, to_sample = choose_format(target.data_format, expand(target.path))
+    name = find_format(files) if target.data_format == AUTO else target.data_format
+    if isinstance(name, str) and name in UNTRAINED:  # there is nothing to encode, but much to check
+        return RowLinter(FORMATS[name])
+    _, to_sample = choose_format(name, files)
     if target.tokenizer is None or target.rendering is None:
         return RowLinter(to_sample)
     template = CHAT_TEMPLATES[target.rendering.chat_template]

@@ -20,7 +20,7 @@ ANSWER = np.dtype([("row", "<u4"), ("hash", "<u8"), ("size", "<u4"), ("tokens", 
 ENDINGS = ("sentence", "open", "other")
 MAX_OPEN_KEPT = 100_000  # answers without an end, with their last words
 SHORT_ROW, SHORT_ANSWER = 200, 100  # characters: shorter ones occur twice by chance
-MAX_SHORT_SHARE = 0.05  # of rows that are short and duplicates
+MAX_SHORT, MAX_SHORT_SHARE = 4, 0.05  # rows that are short and duplicates: more of them are no chance
 MIN_ENDINGS, MIN_SENTENCE_SHARE = 20, 0.95
 MIN_SAME, MIN_SAME_SHARE = 10, 0.01
 MIN_PILE, MIN_PILE_SIZE = 5, 64
@@ -109,9 +109,9 @@ def duplicates(facts: Facts, files: list[str]) -> Located:
     """Rows that are trained on more than once."""
     first, later = repeats(facts.rows["exact"])
     short = facts.rows["size"] < SHORT_ROW
-    many_short = short[later].sum() > MAX_SHORT_SHARE * len(short)
+    many_short = short[later].sum() > max(MAX_SHORT, MAX_SHORT_SHARE * len(short))
     for row, original in zip(later.tolist(), first.tolist()):
-        told = f"the same as {place(facts, files, original)}. Keep one of them, unless it shall weigh more."
+        told = f"the same as {place(facts, files, original, row)}. Keep one of them, unless it shall weigh more."
         yield row, note(told) if short[row] and not many_short else warning(told)
 
 
@@ -121,7 +121,7 @@ def near_duplicates(facts: Facts, files: list[str]) -> Located:
     exact = set(repeats(facts.rows["exact"])[1].tolist())
     for row, original in zip(later.tolist(), first.tolist()):
         if row not in exact:
-            yield row, note(f"the same as {place(facts, files, original)} but for case, spaces or punctuation.")
+            yield row, note(f"the same as {place(facts, files, original, row)} but for case, spaces or punctuation.")
 
 
 def repeats(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -142,7 +142,7 @@ def repeated_answers(facts: Facts, files: list[str]) -> Located:
         number = len(np.unique(exact[owners]))  # rows that are duplicates as a whole are reported as such
         if number < max(MIN_SAME, MIN_SAME_SHARE * len(answers)):
             continue
-        lines = ", ".join(place(facts, files, row) for row in owners[1:4].tolist())
+        lines = ", ".join(place(facts, files, row, int(owners[0])) for row in owners[1:4].tolist())
         share = number / len(answers)
         told = f"its answer is that of {number:,} different rows ({share:.1%} of all answers), among them {lines}."
         is_short = answers["size"][first[group]] < SHORT_ANSWER
@@ -192,9 +192,10 @@ def cut_at_limit(facts: Facts, files: list[str]) -> Located:
             )
 
 
-def place(facts: Facts, files: list[str], row: int) -> str:
-    """file:line of a row."""
-    return f"{files[facts.rows['file'][row]]}:{facts.rows['line'][row]}"
+def place(facts: Facts, files: list[str], row: int, beside: int) -> str:
+    """Where a row is, as told in a message about another one: its line, with its file where that is another."""
+    file, line = facts.rows["file"][row], facts.rows["line"][row]
+    return f"line {line}" if file == facts.rows["file"][beside] else f"{files[file]}:{line}"
 
 
 TOGETHER: dict[str, Callable[[Facts, list[str]], Located]] = {
