@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tuner.dataset import read
+from tuner.dataset.read import read_chunks
 from tuner.dataset.reading import json_values
 from tuner.dataset.reading.strict_json import parse_row
-from tuner.dataset.read import read_chunks
 from tuner.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_chunks_are_small_and_their_positions_end_at_the_size_of_the_file(tmp_pa
         ("a.json", '[{"a": "é'.encode()[:-1], "not UTF-8"),
         ("a.txt", b"abc \xe9", "not UTF-8"),
         ("a.jsonl", "\ufeff{}".encode("utf-16"), "is UTF-16"),
-        ("a.csv", "a,b", r"ending '.csv' is not known. Known: .jsonl"),
+        ("a.xml", "a,b", r"ending '.xml' is not known. Known: .jsonl"),
         ("a", "{}", "ending '' is not known"),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 10_000)[:-20], "not a whole gzip file"),
         ("a.jsonl.gz", b"{}", "not a whole gzip file"),
@@ -119,7 +119,7 @@ def test_a_mistake_early_in_a_large_array_is_found_without_reading_it_all(tmp_pa
         (b"null", "a NoneType. Expected"),
         (b'{"a": "\xff"}', r"not UTF-8 \(the bytes ff 22 7d at column 8\)"),
         (b'{"a": "\\ud83d"}', "half of a surrogate pair"),
-        (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"[" * 100_000, "nested more than 100 levels deep"),
     ],
 )
 def test_a_row_that_is_no_json_object_is_named_for_what_it_is(content, message):

@@ -70,6 +70,8 @@ def explain(error: json.JSONDecodeError, text: str) -> str:
     where = f"at column {error.pos + 1}"
     if "\0" in text and (found == "\0" or not text.strip("\0")):
         return f"not JSON: a NUL byte {where}, as in a file that was not written to its end. Copy or write it again."
+    if found in ("\r", "\n") and not text[error.pos :].strip():
+        return f"not JSON: the line ends within a string {where}; it is cut off, or a line end in it is not escaped."
     if error.msg.startswith("Invalid control character"):
         return f"not JSON: a raw control character (\\x{ord(found):02x}) {where}. Write it as \\u{ord(found):04x}."
     if "\r" in text.strip() and error.msg == "Extra data":
