@@ -262,4 +262,4 @@ def test_shells_complete_presets_and_settings(tmp_path: Path):
     assert complete("tuner train internlm2_tiny", tmp_path) == ["internlm2_tiny-pretrain", "internlm2_tiny-sft_full"]
     assert complete("tuner copy-cfg qwen", tmp_path) == ["qwen2_5_7b-pretrain", "qwen2_5_7b-sft_full"]
     assert complete(f"tuner train {PRESET} warm", tmp_path) == ["warmup_ratio="]
-    assert complete("tuner li", tmp_path) == ["list-cfg"]
+    assert complete("tuner li", tmp_path) == ["lint", "list-cfg", "list-formats"]
