@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from tuner.dataset.chat_template import CHAT_TEMPLATES, ChatTemplate, Reply, find_template, parse_reply, render
+from tuner.dataset.chat_template import CHAT_TEMPLATES, ChatTemplate, Reply, parse_reply, render
+from tuner.dataset.jinja_template import recognise, resolve_template
 from tuner.dataset.tokenize import Encoder
 from tuner.errors import UserError
 from tuner.model.build import build_llm
@@ -43,7 +44,7 @@ def chat(
     """
     set_seed(seed)
     tokenizer = build_tokenizer(model_dir)
-    chat_template = find_template(template) if template else detect_template(model_dir, tokenizer)
+    chat_template = resolve_template(template, tokenizer) if template else detect_template(model_dir, tokenizer)
     declared = read_tools(tools) if tools else []
     llm = build_llm(model_dir).eval()
     session = ChatSession(llm, tokenizer, template=chat_template, generation=generation(max_new_tokens, temperature))
@@ -60,15 +61,16 @@ def generation(max_new_tokens: int, temperature: float) -> dict[str, Any]:
 
 
 def detect_template(model_dir: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
-    """The template that a conversion noted, or the one of whose special tokens the tokenizer has most."""
+    """The template that a conversion noted, or the one that suits the tokenizer and what it writes itself."""
     note = Path(model_dir) / "template.json"
     if note.is_file():
-        return find_template(json.loads(note.read_text(encoding="utf-8"))["chat_template"])
-    vocabulary = tokenizer.get_vocab()
-    fitting = [t for t in CHAT_TEMPLATES.values() if set(t.special_tokens) - set(t.optional_tokens) <= set(vocabulary)]
-    if not fitting:
+        return resolve_template(json.loads(note.read_text(encoding="utf-8"))["chat_template"], tokenizer)
+    if tokenizer.chat_template is not None:
+        return resolve_template("auto", tokenizer)
+    fitting = recognise(tokenizer)
+    if fitting is None:
         raise UserError(f"no chat template fits the tokenizer of {model_dir}; name one of {', '.join(CHAT_TEMPLATES)}.")
-    return max(fitting, key=lambda template: len(template.special_tokens))
+    return fitting
 
 
 def read_tools(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ import torch
 
 from tuner.configs.options import NAMED, parameters
 from tuner.dataset.build import build_shards
-from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
 from tuner.dataset.format_choice import mistake_in
 from tuner.dataset.hub import PREFIX as HUB_PREFIX
@@ -20,6 +19,7 @@ from tuner.dataset.hub import parse as parse_hub_name
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.rendering import LOSS_ON
 from tuner.dataset.sources import expand, parse_entry
+from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.demo.files import PREFIX
 from tuner.engine.strategy import PRECISIONS
 from tuner.errors import UserError
@@ -110,7 +110,7 @@ CHOICES: dict[str, Collection[str]] = {
     "weights": WEIGHTS,
     "too_long": TOO_LONG,
     "on_bad_row": ON_BAD_ROW,
-    "chat_template": CHAT_TEMPLATES,
+    "chat_template": TEMPLATE_NAMES,
     "loss_on": LOSS_ON,
     "parallel_tool_calls": PARALLEL_TOOL_CALLS,
 }

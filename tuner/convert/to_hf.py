@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from tuner.dataset.chat_template import ChatTemplate, find_template
+from tuner.dataset.jinja_template import resolve_template
+from tuner.dataset.templates import ChatTemplate
 from tuner.engine.checkpoint import find_checkpoint, verify_checkpoint
 from tuner.errors import UserError
 from tuner.model.tokenizer import build_tokenizer
@@ -103,7 +104,7 @@ def write_remote_code(source: Path, out: Path) -> None:
 def read_template(source: Path) -> ChatTemplate | None:
     """The chat template that the run was trained with, if it had one."""
     name = json.loads((source / "template.json").read_text(encoding="utf-8"))["chat_template"]
-    return find_template(name) if name else None
+    return resolve_template(name, build_tokenizer(str(source))) if name else None
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:

@@ -21,6 +21,7 @@ from tuner.dataset.templates import (
     CHAT_TEMPLATES,
     ActionGrammar,
     ChatTemplate,
+    JinjaTemplate,
     ToolCallGrammar,
     find_template,
 )
@@ -85,6 +86,16 @@ def render(
     The segments are the same in text and number of tokens whatever is trained. A document of plain text is trained but
     for its first mark. Raises RowError for what the template has no place for.
     """
+    if isinstance(template, JinjaTemplate) and "text" not in sample:
+        from tuner.dataset.jinja_template import render_own  # which needs this module
+
+        return render_own(
+            sample,
+            template,
+            loss_on=loss_on,
+            train_newline=train_newline,
+            add_generation_prompt=add_generation_prompt,
+        )
     begin = [Segment(template.begin, False, True)] if template.begin else []
     if "text" in sample:
         segments = [*begin, Segment(sample["text"], True, False), Segment(template.text_end, True, True)]

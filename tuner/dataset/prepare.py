@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from tuner.dataset.cache import build_once, writing
-from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG, EncodedChunk, RowEncoder
 from tuner.dataset.fingerprint import changes, code_digest, digest
 from tuner.dataset.format_choice import Format, choose_format, mistake_in
+from tuner.dataset.jinja_template import resolve_template
 from tuner.dataset.ledger import Ledger
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.mixture import Share
@@ -24,6 +24,7 @@ from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
 from tuner.dataset.rendering import LOSS_ON, Rendering
 from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
 from tuner.dataset.sources import DataPath, content_digest, find_sources, read_record, record_path, write_record
+from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.dataset.tokenize import Encoder
 from tuner.dataset.workers import Workers, num_cores
 from tuner.demo.files import cache_root
@@ -47,7 +48,7 @@ def build_shards(
     """Tokenise data files (see `find_sources`), or open what an earlier run has made of them.
 
     `data_format` is a key of FORMATS, "auto", module:function or a function row -> sample, `chat_template` one of
-    CHAT_TEMPLATES or a Rendering, which also says what is trained. Documents over `max_length` tokens are cut short,
+    TEMPLATE_NAMES or a Rendering, which also says what is trained. Documents over `max_length` tokens are cut short,
     cut into pieces or dropped, as `too_long` says; a bad row stops the work or is written aside, as `on_bad_row` says.
     `cache_dir` is by default `shards` in $TUNER_CACHE or ~/.cache/tuner. Raises UserError for bad settings or data.
     """
@@ -55,7 +56,7 @@ def build_shards(
     _check_settings(data_format, rendering, max_length, too_long, on_bad_row)
     sources = find_sources(path)
     files = [file for source in sources for file in source.files]
-    template = CHAT_TEMPLATES[rendering.chat_template]
+    template = resolve_template(rendering.chat_template, tokenizer)
     encoder = Encoder.from_tokenizer(tokenizer, template)
     name, to_sample = choose_format(data_format, files, rendering.parallel_tool_calls)
     choices = (rendering.loss_on, rendering.train_newline)
@@ -199,7 +200,7 @@ def _check_settings(
     mistake = mistake_in(data_format)
     problems = [f"data_format={data_format!r}: {mistake}"] if mistake else []
     for name, value, allowed in (
-        ("chat_template", rendering.chat_template, CHAT_TEMPLATES),
+        ("chat_template", rendering.chat_template, TEMPLATE_NAMES),
         ("loss_on", rendering.loss_on, LOSS_ON),
         ("parallel_tool_calls", rendering.parallel_tool_calls, PARALLEL_TOOL_CALLS),
         ("too_long", too_long, TOO_LONG),

@@ -57,6 +57,19 @@ class ChatTemplate:
         return self.before_role + "assistant" + self.after_role
 
 
+@dataclass(frozen=True, kw_only=True)
+class JinjaTemplate(ChatTemplate):
+    """A tokenizer's own template, which `jinja` holds: what it writes is found by rendering, not from these marks."""
+
+    @property
+    def prompt(self) -> str:
+        """The end of what stands before the model's own words, from its last mark on."""
+        return self.after_role
+
+    variables: tuple[tuple[str, str], ...]  # what else the template reads: bos_token and the like
+    soft_tokens: tuple[str, ...]  # those of special_tokens that the tokenizer calls added, not special: <think>
+
+
 # Macros come first: a call renders an action turn; a system turn per kind of tool stands behind the first system turn,
 # or at the very beginning. Parallel calls become one turn each, followed by the result that answers it.
 INTERNLM2_JINJA = """
@@ -258,11 +271,14 @@ QWEN2_5 = _chatml(
 CHATML = _chatml("chatml", default_system="", text_end="<|im_end|>")
 
 CHAT_TEMPLATES = {template.name: template for template in (INTERNLM2, LLAMA3, QWEN2_5, CHATML)}
+# the tokenizer's own Jinja template; "auto" takes the one above that writes the same, if there is one
+TOKENIZERS_OWN = ("auto", "jinja")
+TEMPLATE_NAMES = (*CHAT_TEMPLATES, *TOKENIZERS_OWN)
 
 
 def find_template(name: str) -> ChatTemplate:
     """The template of that name; UserError with the allowed and the nearest names where there is none."""
     if name not in CHAT_TEMPLATES:
-        allowed = sorted(CHAT_TEMPLATES)
+        allowed = sorted(TEMPLATE_NAMES)
         raise UserError(f"Unknown chat_template {name!r}; allowed: {allowed}.{nearest(name, allowed)}")
     return CHAT_TEMPLATES[name]

@@ -157,6 +157,15 @@ class Encoder:
         return self._written[text]
 
 
+def special_tokens(tokenizer: FastTokenizer) -> dict[str, bool]:
+    """The texts that are one id wherever a template writes them, and whether the tokenizer calls them special."""
+    backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder().values()
+    tokens = {token.content: token.special for token in added if token.special or not token.content.isspace()}
+    tokens.pop(backend.model.unk_token, None)
+    return tokens
+
+
 def _rebuild(source: PlainTokenizer, template: ChatTemplate, special_ids: dict[str, int], fingerprint: str) -> Encoder:
     return Encoder(source, template, special_ids=special_ids, fingerprint=fingerprint)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mmengine.hooks import Hook
 
-from tuner.dataset.chat_template import ChatTemplate, Segment, find_template, render
+from tuner.dataset.chat_template import ChatTemplate, Segment, render
+from tuner.dataset.jinja_template import resolve_template
 from tuner.dataset.tokenize import Encoder
 from tuner.engine.randomness import random_state_kept
 from tuner.engine.strategy import StepResult
@@ -40,8 +41,8 @@ class SampleChatHook(Hook):
             return
         if runner.record.chat_template is None:
             raise UserError("sample_prompts need a chat_template; this config has none. Set sample_interval=0.")
-        template = find_template(runner.record.chat_template)
         tokenizer = runner.record.tokenizer
+        template = resolve_template(runner.record.chat_template, tokenizer)
         encoder = Encoder.from_tokenizer(tokenizer, template)
         rendered = [prompt_segments(prompt, template) for prompt in self.prompts]
         self.inputs = [document.ids.astype("int64").tolist() for document in encoder.encode(rendered)]
