@@ -11,7 +11,7 @@ from tests.small_tokenizer import write_directory
 PRESET = "internlm2_tiny-sft_full"
 NASTY = """</span><script>alert(1)</script> & "><img src=x onerror='alert(2)'> <|im_end|> ]]> &lt;"""
 HIDDEN = "a\tb\r\x00\x1b[31m\u200b\u202eabc\u00a0\u3000\ufeff"
-TITLE = re.compile(r"id ([\d, ]+) · position (\d+) · (trained|masked|cut off)( · special)?")
+TITLE = re.compile(r"id ([\d, ]+) · position (\d+) · (trained|masked|cut off)(?: with weight ([\d.]+))?( · special)?")
 
 
 def conversation(question: str, *answers: str) -> dict:
@@ -50,6 +50,7 @@ class PageToken(NamedTuple):
     mark: str
     special: bool
     text: str
+    weight: float  # in the loss
 
 
 class Page(HTMLParser):
@@ -89,8 +90,9 @@ class Page(HTMLParser):
         if tag == "h3":
             self.headings.append(self._words)
         if tag == "span" and self._title is not None:
-            ids, position, mark, special = TITLE.fullmatch(self._title).groups()
-            found = PageToken(tuple(map(int, ids.split(", "))), int(position), mark, bool(special), self._words)
+            ids, position, mark, weight, special = TITLE.fullmatch(self._title).groups()
+            counts = float(weight or mark == "trained")
+            found = PageToken(tuple(map(int, ids.split(", "))), int(position), mark, bool(special), self._words, counts)
             self.packs[-1][-1].append(found)
         self._title = None
 

@@ -73,6 +73,22 @@ def test_a_step_of_a_rank_shows_the_documents_tokens_and_labels_that_its_dataloa
     assert numbers == [number for pack in loader.sampler.plan(step).packs for number in pack]
 
 
+def test_a_message_that_weighs_half_is_told_to(tmp_path: Path, capsys: pytest.CaptureFixture):
+    content = rows()[3:]
+    for row in content[::2]:
+        row["messages"][1]["loss"] = 0.5
+    settings = write_run(tmp_path, content)
+    page = page_of(words(settings, "--step", "0"), tmp_path)
+    dataset = PackedDataset(shards_of(tmp_path), max_length=256, seed=0)
+    batches = next(iter(build_dataloader(dataset, num_accumulation_steps=2)))
+    shown = [token for pack in page.packs for document in pack for token in document]
+    drawn = [token.weight for token in shown for _ in token.ids]
+    wanted = [weight for batch in batches for weight in [0.0, *batch["loss_weights"][0].tolist()[:-1]]]
+    assert drawn == wanted
+    assert set(wanted) == {0.0, 0.5, 1.0}
+    assert "⟦⟨×0.5⟩" in capsys.readouterr().out
+
+
 def test_without_a_step_the_first_documents_of_training_are_shown_in_its_order(
     folder: Path, settings: dict[str, object], tmp_path: Path
 ):

@@ -81,6 +81,21 @@ def test_files_are_written_once_and_agree_with_the_terminal(tmp_path: Path, caps
     assert sums == [ledger["kept"], ledger["trained"]]
 
 
+def test_weighted_sources_count_what_an_epoch_takes_of_them(tmp_path: Path, capsys: pytest.CaptureFixture):
+    settings = write_run(tmp_path)
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:20]), encoding="utf-8")
+    (tmp_path / "many.jsonl").write_text("\n".join(rows[20:]), encoding="utf-8")
+    weighted = [{"path": str(tmp_path / "few.jsonl"), "weight": 3}, {"path": str(tmp_path / "many.jsonl"), "weight": 1}]
+    assert run(words({**settings, "data_path": weighted})) == 0
+    text = capsys.readouterr().out
+    drawn = int(re.search(r"([\d,]+) documents in [\d,]+ packs", text)[1].replace(",", ""))
+    counts = re.search(r"documents by their tokens.*?\n\n", text, re.DOTALL)[0].splitlines()[1:-1]
+    assert sum(int(re.match(r" *[\d,-]+ +([\d,]+)", line)[1]) for line in counts) == drawn != 40
+    few, many = (int(re.search(rf"{name}\.jsonl +([\d,]+) █", text)[1].replace(",", "")) for name in ("few", "many"))
+    assert 2 < few / many < 4
+
+
 def test_tokens_of_two_files_stand_beside_their_names(tmp_path: Path, capsys: pytest.CaptureFixture):
     settings = write_run(tmp_path)
     rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()

@@ -101,8 +101,8 @@ def document(tokenizers) -> DocumentView:
     question, answer = ids_of(tokenizer, "is it?\n"), ids_of(tokenizer, "it is 😀")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = [*question, *answer, end, *ids_of(tokenizer, "\n")]
-    trained = [False] * len(question) + [True] * (len(answer) + 1) + [False] * (len(ids) - len(question + answer) - 1)
-    return DocumentView(0, "rows.jsonl:1", 100, ids, trained)
+    weights = [0.0] * len(question) + [1.0] * (len(answer) + 1) + [0.0] * (len(ids) - len(question + answer) - 1)
+    return DocumentView(0, "rows.jsonl:1", 100, ids, weights)
 
 
 def test_brackets_stand_around_what_is_trained(tokenizers, document: DocumentView):
@@ -112,16 +112,23 @@ def test_brackets_stand_around_what_is_trained(tokenizers, document: DocumentVie
 
 def test_a_cut_between_ranks_stands_where_it_falls(tokenizers, document: DocumentView):
     vocabulary = Vocabulary(tokenizers["byte fallback"])
-    first = document.trained.index(True)
+    first = document.weights.index(1.0)
     places = (50, 100 + first, 100 + len(document.ids) - 4)  # another document, the answer's first token, in the emoji
     drawn = "\n".join(draw_document(document, vocabulary, places, colour=False))
     assert drawn == "is it?⏎\n⟦⟨✂2⟩it is ⟨F0⟩⟨9F⟩⟨✂3⟩⟨98⟩⟨80⟩«<|im_end|>»⟧⏎"
 
 
+def test_a_weight_is_told_where_it_begins(tokenizers, document: DocumentView):
+    vocabulary = Vocabulary(tokenizers["byte fallback"])
+    half = document._replace(weights=[0.5 * weight for weight in document.weights])
+    assert draw_document(half, vocabulary, colour=False) == ["is it?⏎", "⟦⟨×0.5⟩it is 😀«<|im_end|>»⟧⏎"]
+    assert half.num_trained == document.num_trained
+
+
 def test_the_tail_is_drawn_apart(tokenizers, document: DocumentView):
     vocabulary = Vocabulary(tokenizers["byte fallback"])
     tail = ids_of(tokenizers["byte fallback"], "or not")
-    cut = document._replace(ids=document.ids[:-1], trained=document.trained[:-1], tail=Tail(tuple(tail)))
+    cut = document._replace(ids=document.ids[:-1], weights=document.weights[:-1], tail=Tail(tuple(tail)))
     assert draw_document(cut, vocabulary, colour=False) == [
         "is it?⏎",
         "⟦it is 😀«<|im_end|>»⟧⟪cut: or not⟫",

@@ -62,19 +62,19 @@ def preview(
     vocabulary = Vocabulary(assembly.build(config.tokenizer))
     dataloader = build_dataloader(config, assembly, wanted)
     excerpts = list(choose(dataloader, wanted, config.train_dataloader.dataset.get("shards"), assembly))
-    shard_figures = figures.of_shards(dataloader.dataset.shards)
+    epoch_figures = figures.of_epoch(dataloader.dataset)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than the data
     in_colour = wants_colour(colour, is_terminal=sys.stdout.isatty(), environment=os.environ)
     print(f"\n{legend(colour=in_colour, cuts=wanted.sequence_parallel_size > 1)}")
     for pack, shown in excerpts:
         print("\n".join(draw_pack(pack, vocabulary, shown=shown, colour=in_colour)))
-    print("\n" + "\n\n".join(figure.bars() for figure in shard_figures), flush=True)
+    print("\n" + "\n\n".join(figure.bars() for figure in epoch_figures), flush=True)
     if histograms:
-        figures.save(shard_figures, histograms)
+        figures.save(epoch_figures, histograms)
         print(f"histograms: {', '.join(map(str, figures.targets(histograms)))}")
     if html:
-        write_new(html, page(excerpts, vocabulary, shard_figures, title=f"tuner preview {name}"))
+        write_new(html, page(excerpts, vocabulary, epoch_figures, title=f"tuner preview {name}"))
         print(f"page: {html}")
 
 

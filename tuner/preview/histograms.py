@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.dataset.shards import Shards
+from tuner.dataset.build import PackedDataset
 from tuner.errors import UserError
 from tuner.preview.characters import visible
 
@@ -40,14 +40,14 @@ class Histogram(NamedTuple):
         return "\n".join([self.title, *lines])
 
 
-def of_shards(shards: Shards) -> list[Histogram]:
-    """The three histograms of tokenised documents, in the order of NAMES."""
-    before = np.concatenate([[0], np.cumsum(shards.lengths)])
-    tokens = np.diff(before[shards.starts])
+def of_epoch(dataset: PackedDataset) -> list[Histogram]:
+    """The three histograms of an epoch, in the order of NAMES; weighted sources may give a document twice, or never."""
+    documents, shards = dataset.packs(0).documents, dataset.shards
+    sources = dataset.contributions
     return [
-        of_values("lengths", "documents by their tokens", shards.lengths),
-        of_values("trained", "documents by their trained tokens", shards.num_loss_tokens),
-        of_sources([str(source) for source in shards.sources], tokens.tolist()),
+        of_values("lengths", "documents by their tokens", shards.lengths[documents]),
+        of_values("trained", "documents by their trained tokens", shards.num_loss_tokens[documents]),
+        of_sources([row["source"] for row in sources], [row["drawn_tokens"] for row in sources]),
     ]
 
 

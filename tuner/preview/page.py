@@ -33,6 +33,7 @@ pre { font: 13px/1.6 ui-monospace, monospace; margin: .2rem 0; overflow-wrap: an
 .t.s { color: #7a1040; }
 .c { background: #f3b0a8; color: #4a0d06; text-decoration: line-through; }
 .r { background: #2457c5; border-radius: 3px; color: #fff; padding: 0 .3em; }
+.w { background: #8a5a00; border-radius: 3px; color: #fff; padding: 0 .3em; }
 .n { color: #888; font-size: .85rem; margin: .3rem 0; }
 img { background: #fff; display: block; margin: .8rem 0; max-width: 100%; }
 """
@@ -58,7 +59,8 @@ LEGEND = (
     '<p class="n">Point at a token for its id, its position in the document and its mark: '
     '<span class="t">trained</span> <span class="m">masked</span> <span class="s">special token</span> '
     '<span class="t s">trained special token</span> <span class="c">cut off by max_length</span> '
-    '<span class="r">✂1</span> where the part of sequence-parallel rank 1 begins. '
+    '<span class="r">✂1</span> where the part of sequence-parallel rank 1 begins, '
+    '<span class="w">×0.5</span> where labels weigh so much. '
     "⏎ ⇥ ␀ and ⟨U+200B⟩ stand for characters that are not seen; ⟨E4⟩ for a byte that is part of a character.</p>"
 )
 
@@ -91,8 +93,10 @@ def draw_document(document: DocumentView, vocabulary: Vocabulary, cuts: Sequence
 def token(span: Span) -> str:
     """One token, or those of one character."""
     kind = " ".join([("t" if span.trained else "m"), *(["s"] if span.special else [])])
-    sign = "" if span.cut is None else f'<span class="r">✂{span.cut}</span>'
-    return sign + _marked(span, kind, "trained" if span.trained else "masked")
+    cut = "" if span.cut is None else f'<span class="r">✂{span.cut}</span>'
+    weight = f'<span class="w">×{span.weight:g}</span>' if span.changed else ""
+    mark = "trained" if span.weight == 1 else f"trained with weight {span.weight:g}" if span.trained else "masked"
+    return cut + weight + _marked(span, kind, mark)
 
 
 def cut_token(span: Span) -> str:

@@ -17,9 +17,15 @@ class Span(NamedTuple):
     text: str
     ids: tuple[int, ...]
     position: int  # of the first token in its document
-    trained: bool
+    weight: float  # in the loss; 0 where nothing is trained
     special: bool
     cut: int | None = None  # the sequence-parallel rank whose part begins here
+    changed: bool = False  # trained with another weight than 1, and than the span before it
+
+    @property
+    def trained(self) -> bool:
+        """Whether a label asks for its tokens."""
+        return self.weight > 0
 
 
 class Tail(NamedTuple):
@@ -30,19 +36,19 @@ class Tail(NamedTuple):
 
 
 class DocumentView(NamedTuple):
-    """A document in its pack; its tokens as ids (tokens,) and marks (tokens,), as they stand in the batch."""
+    """A document in its pack; its tokens as ids (tokens,) and weights (tokens,), as they stand in the batch."""
 
     number: int
     source: str
     start: int  # place of its first token in the pack
     ids: list[int]
-    trained: list[bool]
+    weights: list[float]  # what each token weighs in the loss; 0 where no label asks for it
     tail: Tail | None = None
 
     @property
     def num_trained(self) -> int:
         """Tokens that the batch asks for as labels."""
-        return sum(self.trained)
+        return sum(weight > 0 for weight in self.weights)
 
 
 class PackView(NamedTuple):
@@ -70,9 +76,9 @@ def pack_views(plan: StepPlan, batches: Sequence[Batch], shards: Shards, *, sequ
     views = []
     for place, (numbers, batch) in enumerate(zip(plan.packs, batches)):
         edges = batch["cu_seqlens"].tolist()
-        ids, marks = batch["input_ids"][0].tolist(), trained_marks(batch)
+        ids, weights = batch["input_ids"][0].tolist(), token_weights(batch)
         documents = [
-            DocumentView(number, shards.source(number), start, ids[start:end], marks[start:end])
+            DocumentView(number, shards.source(number), start, ids[start:end], weights[start:end])
             for number, start, end in zip(numbers, edges, edges[1:])
         ]
         view = PackView(
@@ -89,10 +95,12 @@ def pack_views(plan: StepPlan, batches: Sequence[Batch], shards: Shards, *, sequ
     return views
 
 
-def trained_marks(batch: Batch) -> list[bool]:
-    """(T,) whether each token is trained: whether the label one place before it asks for it."""
-    asked = (batch["labels"][0] != IGNORE_INDEX).tolist()
-    return [False, *asked[:-1]]
+def token_weights(batch: Batch) -> list[float]:
+    """(T,) what each token weighs in the loss: that of the label one place before it, which asks for it."""
+    asked = (batch["labels"][0] != IGNORE_INDEX).float()
+    if batch["loss_weights"] is not None:
+        asked *= batch["loss_weights"][0]
+    return [0.0, *asked[:-1].tolist()]
 
 
 def cuts(num_tokens: int, num_ranks: int) -> tuple[int, ...]:
@@ -102,19 +110,20 @@ def cuts(num_tokens: int, num_ranks: int) -> tuple[int, ...]:
 
 
 def spans(document: DocumentView, vocabulary: Vocabulary, pack_cuts: Sequence[int]) -> Iterator[Span]:
-    """The document's tokens in order; a span ends where the mark changes or another rank's part begins."""
+    """The document's tokens in order; a span ends where the weight changes or another rank's part begins."""
     ranks = {place - document.start: rank for rank, place in enumerate(pack_cuts, start=1)}
-    marks = document.trained
-    changes = {place for place in range(1, len(marks)) if marks[place] != marks[place - 1]}
+    weights = document.weights
+    changes = {place for place in range(1, len(weights)) if weights[place] != weights[place - 1]}
     for start, end, text, special in groups(document.ids, vocabulary, {*changes, *ranks}):
-        yield Span(text, tuple(document.ids[start:end]), start, marks[start], special, ranks.get(start))
+        changed = weights[start] not in (0, 1) and (start == 0 or start in changes)
+        yield Span(text, tuple(document.ids[start:end]), start, weights[start], special, ranks.get(start), changed)
 
 
 def tail_spans(document: DocumentView, vocabulary: Vocabulary, limit: int) -> Iterator[Span]:
     """The first `limit` tokens that were cut off the document's end."""
     ids = document.tail.ids[:limit] if document.tail else ()
     for start, end, text, special in groups(ids, vocabulary):
-        yield Span(text, tuple(ids[start:end]), len(document.ids) + start, False, special)
+        yield Span(text, tuple(ids[start:end]), len(document.ids) + start, 0.0, special)
 
 
 def heading(document: DocumentView) -> str:

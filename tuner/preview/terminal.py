@@ -37,6 +37,7 @@ LOOKS: dict[str, Look] = {
     "cut": Look(("9;38;5;231;48;5;88", "9;38;5;231;48;5;124"), "⟪cut: ", "⟫"),
 }
 CUT_SIGN = "⟨✂{}⟩"
+WEIGHT_SIGN = "⟨×{:g}⟩"
 
 
 def legend(*, colour: bool, cuts: bool) -> str:
@@ -85,7 +86,7 @@ def _draw_tail(document: DocumentView, vocabulary: Vocabulary, *, colour: bool) 
 def _in_colour(shown: Iterable[Span]) -> str:
     parts = []
     for place, span in enumerate(shown):
-        parts.append("" if span.cut is None else CUT_SIGN.format(span.cut))
+        parts.append(_signs(span))
         parts.append(_painted(span.text, LOOKS[_kind(span)].shades[place % 2]))
     return "".join(parts)
 
@@ -100,9 +101,14 @@ def _in_brackets(shown: Iterable[Span]) -> str:
 
 
 def _bracketed(span: Span) -> str:
-    sign = "" if span.cut is None else CUT_SIGN.format(span.cut)
     look = LOOKS["special"]
-    return sign + (f"{look.opening}{span.text}{look.closing}" if span.special else span.text)
+    return _signs(span) + (f"{look.opening}{span.text}{look.closing}" if span.special else span.text)
+
+
+def _signs(span: Span) -> str:
+    """What is told before a span: that a rank's part begins, that its labels weigh more or less than others."""
+    cut = "" if span.cut is None else CUT_SIGN.format(span.cut)
+    return cut + (WEIGHT_SIGN.format(span.weight) if span.changed else "")
 
 
 def _kind(span: Span) -> str:
