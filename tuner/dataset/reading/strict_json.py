@@ -23,6 +23,8 @@ def loads(text: str) -> Any:
         value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise UserError(explain(error, text)) from error
+    except UserError:
+        raise
     except ValueError as error:  # a number of thousands of digits
         raise UserError(f"a number that is too long ({error}). Write it as a string.") from error
     if HALF_PAIR.search(text):
