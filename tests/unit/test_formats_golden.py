@@ -75,9 +75,11 @@ SCHEMA_TEXT = '[{"name": "get_weather", "description": "d", "parameters": {"type
 API_TEXT = SCHEMA_TEXT + '{"description": "A town."}, "day": {"description": "Which."}}, "required": ["city"]}}]'
 PLUGIN_TEXT = SCHEMA_TEXT + '{"description": "A town."}}, "required": ["city"]}}]'
 BFCL_TEXT = (
-    '[{"name": "w.get", "description": "d", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, '
-    '"days": {"type": "array", "items": {"type": "object", "properties": {"day": {}}}}, "unit": {"type": "string"}, '
-    '"near": {"type": "array", "items": {"type": "number"}}}, "required": ["city", "days"]}}]'
+    '[{"name": "w.get", "description": "d", "parameters": {"type": "object", "properties": {'
+    '"city": {"type": "string"}, '
+    '"days": {"type": "array", "items": {"type": "object", "properties": {"day": {}}}}, '
+    '"unit": {"type": "string"}, "near": {"type": "array", "items": {"type": "number"}}}, '
+    '"required": ["city", "days"]}}]'
 )
 BFCL_CALL = '{"name": "w.get", "parameters": {"city": "Paris", "days": [{"day": "Mon"}], "near": []}}'
 EMPTY_CALL = '<|action_start|><|plugin|>\n{"name": "get_weather", "parameters": {}}<|action_end|>\n<|im_end|>\n'
@@ -354,7 +356,8 @@ GOLDEN: dict[str, tuple[str, Any, dict[str, Any], str]] = {
             "tools": [API_SCHEMA],
         },
         f"<|im_start|>system\nAnswer the questions. You have access to the following APIs:{END}"
-        f"{PLUGIN}{API_TEXT}{END}{USER}Rain?{END}{ASSISTANT}I look.{CALLED}{PLUGIN_RESULT}dry{END}{ASSISTANT}Now I know.\nNo.{END}",
+        f"{PLUGIN}{API_TEXT}{END}{USER}Rain?{END}{ASSISTANT}I look.{CALLED}{PLUGIN_RESULT}dry{END}"
+        f"{ASSISTANT}Now I know.\nNo.{END}",
     ),
     "msagent: a Python list as text, the observation in a user's turn": (
         "msagent",

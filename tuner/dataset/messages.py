@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tuner.dataset.reading.strict_json import EXPECTED, loads
 from tuner.errors import UserError
 from tuner.nearest import nearest
 
@@ -20,6 +21,20 @@ class RowError(UserError):
 def dump(value: object) -> str:
     """JSON on one line with its Chinese readable, as InternLM2 and Qwen saw it in training."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def read_json(text: str) -> Any:
+    """The value of JSON text inside a row: read as strictly as the row itself. RowError says what is wrong with it."""
+    try:
+        return loads(text)
+    except UserError as error:
+        raise RowError(str(error).removesuffix(f" {EXPECTED}").removeprefix("not JSON: ").rstrip(".")) from None
+
+
+def shorten(value: object, width: int = 80) -> str:
+    """A value as Python writes it, cut where it is long."""
+    written = repr(value)
+    return written[:width] + ("..." if len(written) > width else "")
 
 
 def function_body(tool: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -41,15 +56,15 @@ def call_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function["arguments"]
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
+            arguments = read_json(arguments)
+        except RowError as error:
             raise RowError(
-                f"The arguments of the call to {function['name']!r} must be JSON, got {arguments!r} ({error})."
+                f"The arguments of the call to {function['name']!r} must be JSON, got {shorten(arguments)} ({error})."
             ) from None
     if not isinstance(arguments, dict):
         raise RowError(
             f"The arguments of the call to {function['name']!r} must be a JSON object like"
-            f' {{"city": "Shanghai"}}, got {arguments!r}.'
+            f' {{"city": "Shanghai"}}, got {shorten(arguments)}.'
         )
     return arguments
 
@@ -67,8 +82,8 @@ def match_results(calls: Sequence[Mapping[str, Any]], results: Sequence[Message]
         place = position if by_order else order.get(str(label))
         if place is None:
             raise RowError(
-                f"A tool result has tool_call_id {label!r}, but the calls before it are {sorted(order)}."
-                + nearest(label, order)
+                f"A tool result has tool_call_id {shorten(label)}, but the calls before it are "
+                f"{shorten(sorted(order), 200)}.{nearest(str(label)[:80], order)}"
             )
         if place >= len(calls) or matched[place] is not None:
             raise RowError(f"{len(results)} tool results for {len(calls)} calls: expected one result for each call.")
@@ -121,8 +136,8 @@ def join_parallel_calls(messages: Sequence[Message]) -> list[Message]:
         several = {"joined": True} if len(calls) > 1 else {}
         if len(set(map(is_interpreter, calls))) > 1:
             raise RowError(
-                f"Expected calls of one kind in message {position}, got functions and code, whose results have different "
-                'names. Set parallel_tool_calls = "split".'
+                f"Expected calls of one kind in message {position}, got functions and code. "
+                'Set parallel_tool_calls = "split".'
             )
         joined += [{**message, **several}, *filter(None, match_results(calls, results))]
     return joined

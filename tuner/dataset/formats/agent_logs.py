@@ -89,7 +89,7 @@ def _plugin(plugin: Any) -> Iterator[dict[str, Any]]:
     """The functions of {"plugin_schema_for_model": {"paths": [...]}}, or of such a schema itself."""
     require(isinstance(plugin, dict), "an API of the system turn to be an object", plugin)
     schema = plugin.get("plugin_schema_for_model", plugin)
-    for path in objects(schema, "paths", "path of an API"):
+    for path in objects(schema, "paths", "path of an API", "an API of the system turn"):
         name = field(path, "name", str, "a path of an API")
         yield _schema(name, path.get("description", ""), path.get("parameters", []))
 

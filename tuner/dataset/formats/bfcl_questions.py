@@ -26,10 +26,21 @@ def bfcl(row: Row) -> dict[str, Any]:
     question = field(row, "question", list)
     single = len(question) == 1 and isinstance(question[0], list)
     require(single, "'question' to hold one list of messages (rows of several turns lack the results)", question)
-    tools = [{**tool, "parameters": _json_schema(tool.get("parameters"))} for tool in objects(row, "function", "tool")]
-    schemas = {tool.get("name"): tool["parameters"] for tool in tools}
+    tools = [_tool(tool, f"tool {place}") for place, tool in enumerate(objects(row, "function", "tool"))]
+    schemas = {tool["name"]: tool["parameters"] for tool in tools}
     calls = [_call(call, schemas, f"call {place}") for place, call in enumerate(objects(row, "ground_truth", "call"))]
     return conversation([*question[0], {"role": "assistant", "content": "", "tool_calls": calls}], tools)
+
+
+def _tool(tool: Row, where: str) -> dict[str, Any]:
+    name = field(tool, "name", str, where)
+    schema = field(tool, "parameters", dict, where)
+    properties, needed = schema.get("properties", {}), schema.get("required", [])
+    require(isinstance(properties, dict), f"the properties of {where} to be an object", properties)
+    whole = all(isinstance(value, dict) for value in properties.values())
+    require(whole, f"each property of {where} to be an object", properties)
+    require(isinstance(needed, list), f"the required parameters of {where} to be a list", needed)
+    return {**tool, "name": name, "parameters": _json_schema(schema)}
 
 
 def _json_schema(schema: Any) -> Any:

@@ -103,7 +103,7 @@ def _is_openai(row: Mapping[str, Any]) -> bool:
 def _is_lab(row: Mapping[str, Any]) -> bool:
     """Roles, names or marks that only InternLM's own formats have."""
     turns = _turns(row, "messages")
-    named = any(turn.get("name") in LAB_NAMES for turn in turns)
+    named = any(str(turn.get("name")) in LAB_NAMES for turn in turns)
     marked = any(ACTION_MARK in turn["content"] for turn in turns if isinstance(turn.get("content"), str))
     return named or marked or bool(_roles(row) & (PARTS | RESULTS))
 

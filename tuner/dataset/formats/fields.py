@@ -1,10 +1,9 @@
 """Look at the fields of a row, with an error that says what is expected and what came."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.dataset.messages import RowError
+from tuner.dataset.messages import RowError, read_json, shorten
 from tuner.nearest import nearest
 
 Row = Mapping[str, Any]
@@ -13,8 +12,7 @@ Row = Mapping[str, Any]
 def require(holds: bool, what: str, got: object) -> None:
     """Raise "Expected {what}, got {got}." unless it holds; the value is written out only then, for it may be long."""
     if not holds:
-        written = repr(got)
-        raise RowError(f"Expected {what}, got {type(got).__name__} {written[:80]}{'...' if len(written) > 80 else ''}.")
+        raise RowError(f"Expected {what}, got {type(got).__name__} {shorten(got)}.")
 
 
 def field(row: Row, key: str, kind: type, where: str = "the row") -> Any:
@@ -27,9 +25,9 @@ def field(row: Row, key: str, kind: type, where: str = "the row") -> Any:
     return value
 
 
-def objects(row: Row, key: str, what: str) -> list[Row]:
+def objects(row: Row, key: str, what: str, where: str = "the row") -> list[Row]:
     """The items of a list that must not be empty and holds objects alone; `what` names one of them."""
-    items = field(row, key, list)
+    items = field(row, key, list, where)
     require(bool(items), f"{key!r} to hold at least one {what}", items)
     for place, item in enumerate(items):
         require(isinstance(item, dict), f"{what} {place} to be an object", item)
@@ -39,7 +37,9 @@ def objects(row: Row, key: str, what: str) -> list[Row]:
 def one_of(value: str, allowed: Mapping[str, str], what: str) -> str:
     """What `allowed` says of a word that must be among its keys."""
     if value not in allowed:
-        raise RowError(f"Expected {what} to be one of {tuple(allowed)}, got {value!r}.{nearest(value, allowed)}")
+        raise RowError(
+            f"Expected {what} to be one of {tuple(allowed)}, got {shorten(value)}.{nearest(value[:80], allowed)}"
+        )
     return allowed[value]
 
 
@@ -48,10 +48,9 @@ def parsed(words: Any, what: str) -> Any:
     if not isinstance(words, str):
         return words
     try:
-        return json.loads(words)
-    except (json.JSONDecodeError, RecursionError) as error:
-        shown = words[:80] + ("..." if len(words) > 80 else "")
-        raise RowError(f"Expected {what} to be JSON, got {shown!r} ({error}).") from None
+        return read_json(words)
+    except RowError as error:
+        raise RowError(f"Expected {what} to be JSON, got {shorten(words)} ({error}).") from None
 
 
 def function_call(name: Any, arguments: Any, what: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ def alpaca(row: Row) -> dict[str, Any]:
     require(isinstance(more, str), "'input' to be a str", more)
     question = f"{question}\n{more}" if more and question else question + more
     require(question != "", "'instruction' or 'input' to ask something", question)
-    given = [key for key in ("output", "response") if row.get(key) is not None]
+    there = [key for key in ("output", "response") if key in row]
+    given = [key for key in there if row[key] is not None] or there[:1]
     require(len(given) == 1, "either 'output' or 'response' in the row", sorted(map(str, row)))
     answer = field(row, given[0], str)
     require(answer != "", f"{given[0]!r} to hold the answer to train on", answer)

@@ -1,6 +1,5 @@
 """OpenAI messages: the form that all other conversations are brought to and checked in."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,7 +13,9 @@ from tuner.dataset.messages import (
     function_body,
     is_interpreter,
     match_results,
+    read_json,
     results_after,
+    shorten,
 )
 from tuner.dataset.rendering import LOSS_WORDS, is_loss
 from tuner.nearest import nearest
@@ -65,8 +66,8 @@ def _tools(tools: Any) -> list[Mapping[str, Any]]:
         return []
     if isinstance(tools, str):  # tables need one type per column, so tools are often kept as JSON text
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+            tools = read_json(tools)
+        except RowError as error:
             raise RowError(f"Expected 'tools' to be a list or its JSON, got text that is not JSON ({error}).") from None
     require(isinstance(tools, list | None), "'tools' to be a list", tools)
     for place, tool in enumerate(tools or []):
@@ -84,7 +85,9 @@ def _message(message: Any, where: str) -> Message:
     require(isinstance(message, dict), f"{where} to be an object", message)
     role = field(message, "role", str, where)
     if role not in ROLES:
-        raise RowError(f"Expected the role of {where} to be one of {ROLES}, got {role!r}.{nearest(role, ROLES)}")
+        raise RowError(
+            f"Expected the role of {where} to be one of {ROLES}, got {shorten(role)}.{nearest(role[:80], ROLES)}"
+        )
     for key in message:  # a misspelt key would lose what it holds without a word
         if message[key] is not None and _misspelt(key):
             raise RowError(f"Expected the keys of {where} to be among {MESSAGE_KEYS}, got {key!r}.{_misspelt(key)}")
@@ -185,7 +188,8 @@ def _check_calls(messages: list[Message], declared: set[str]) -> None:
             name = "code_interpreter" if is_interpreter(call) else call["function"]["name"]
             if name not in declared:
                 raise RowError(
-                    f"Message {place} calls {name!r}, but 'tools' declares {sorted(declared)}.{nearest(name, declared)}"
+                    f"Message {place} calls {shorten(name)}, but 'tools' declares {shorten(sorted(declared), 200)}."
+                    + nearest(name[:80], declared)
                 )
         results = results_after(messages, place) if calls else []
         unanswered = match_results(calls, results).count(None)

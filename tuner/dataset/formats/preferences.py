@@ -17,6 +17,8 @@ def preference(row: Row) -> dict[str, Any]:
 
     The sample holds two of them, {"chosen": sample, "rejected": sample}, alike but for what follows the prompt.
     """
+    for key in ("chosen", "rejected"):
+        field(row, key, object)
     prompt = _prompt(row)
     chosen, rejected = (_told(row, key, prompt) for key in ("chosen", "rejected"))
     require(chosen != rejected, "'chosen' and 'rejected' to differ", row["chosen"])
@@ -52,7 +54,7 @@ def _prompt(row: Row) -> list[Message]:
 
 def _told(row: Row, key: str, prompt: list[Message]) -> list[Message]:
     """Prompt and answer as messages; an answer that repeats the prompt is a whole talk."""
-    answer = field(row, key, object)
+    answer = row[key]
     if isinstance(answer, str):
         if not prompt or TURN.match(answer):
             answer = _spoken(answer, key)

@@ -20,7 +20,6 @@ ROLES = {
     "environment": "result",
 }
 LOG_ROLES = {**ROLES, "tool": "result", "execution": "result", "execute": "result"}
-KINDS = {"plugin": "plugin", "interpreter": "interpreter"}
 ACTION = re.compile(r"<\|action_start\|><\|(plugin|interpreter)\|>(.*?)<\|action_end\|>\n?", re.DOTALL)
 FENCED = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
 LAST_FENCE = re.compile(r"(.*?)```(?:python|py)[ \t]*\n((?:(?!```).)*?)\n?```\s*", re.DOTALL)
@@ -120,7 +119,7 @@ def _assistant(messages: list[Message], turn: Row, where: str) -> Message:
 
 
 def _call(kind: str | None, content: Any, where: str) -> dict[str, Any]:
-    one_of(str(kind), KINDS, f"the name of {where}, a tool's,")
+    require(kind in ("plugin", "interpreter"), f"the name of {where}, a tool's, to be plugin or interpreter", kind)
     request = content if kind == "interpreter" else parsed(content, f"the content of {where}, a plugin's call,")
     if kind == "plugin":
         require(isinstance(request, dict), f'{where} to hold {{"name": ..., "parameters": {{...}}}}', request)

@@ -5,7 +5,7 @@ from typing import Any
 
 from tuner.dataset.formats.fields import Row, field, function_call, objects, require
 from tuner.dataset.formats.openai_messages import conversation
-from tuner.dataset.messages import Message, RowError
+from tuner.dataset.messages import Message, RowError, shorten
 
 
 def toolbench(row: Row) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def toolbench(row: Row) -> dict[str, Any]:
     if finish != "give_answer" or not valid:
         raise RowError(
             "Expected a search that found an answer (finish_type 'give_answer', valid_data true), got "
-            f"{finish!r}, {str(valid).lower()}."
+            f"{shorten(finish)}, {str(valid).lower()}."
         )
     paths = field(answer, "train_messages", list, "'answer_generation'")
     require(bool(paths) and isinstance(paths[-1], list), "'train_messages' to hold lists of messages", paths)
