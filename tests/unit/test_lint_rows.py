@@ -34,7 +34,8 @@ FOUND: dict[str, list[dict | Subject]] = {
     "empty-text": [answer(""), answer(" \n\u3000"), talk(" ", "Hello."), answer("nan")],
     "cut-off": [
         answer("Here it is:\n```python\nprint(1)\n"),
-        answer("Here it is:\n~~~~\ntext\n```"),
+        answer("Here it is:\n````md\n```\ncode\n```\n"),
+        answer("Two of them:\n```sh\nls\n```\n and\n  ```sh\n  ls -l"),
         answer(f"{PROSE} and on its way it passes the"),
         answer(f"{PROSE},"),
         answer(f"{PROSE} (in the wet season that follows the winter"),
@@ -122,6 +123,8 @@ NEAR_MISSES: dict[str, list[dict | Subject]] = {
         answer("Here it is:\n```python\nprint('```')\n```"),
         answer("A list:\n- a\n  ```sh\n  ls\n      ```"),
         answer("Write ```code``` like this"),
+        answer('"""Docs.\n\n    ```python\n    f()\n    ```"""\nfor it'),
+        answer("Heading\n~~~~~~~\nText"),
         answer("Use\n````md\n```\ncode\n```\n````\nfor it"),
         answer(f"{PROSE}\n\nYours sincerely,\nMaria"),
         answer(f"{PROSE} (in the wet season)"),
@@ -133,7 +136,7 @@ NEAR_MISSES: dict[str, list[dict | Subject]] = {
     ],
     "missing-end": [
         answer("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"),
-        answer("A turn begins with `<|im_start|>`."),
+        answer("A turn begins with `<|im_start|>`, or with ``<|im_start|>user``."),
     ],
     "loop": [
         answer("Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily, life is a dream."),
@@ -141,6 +144,10 @@ NEAR_MISSES: dict[str, list[dict | Subject]] = {
         answer("\n".join(f"{n} times 7 is {7 * n}" for n in range(1, 30))),
         answer("ha ha ha ha ha ha!"),
         answer("| --- | --- | --- |\n" * 12),
+        answer("rows = [\n" + "    Rational(one, half),\n" * 20 + "]"),
+        answer(
+            "add x to y; " * 4 + "then take the sum of all that there is on the list and show it to whoever asks for it"
+        ),
     ],
     "tool-arguments": [
         called({"city": "Rome", "day": "today"}),
@@ -170,6 +177,7 @@ NEAR_MISSES: dict[str, list[dict | Subject]] = {
         answer("<p>It was <s>10</s> 8 euros.</p>"),
         answer("f(x) <| g |> h, a < b | c > d"),
         answer("[INSTALL] and <b>bold</b>"),
+        answer("<|> is no mark, and neither is <| |>"),
     ],
     "secret": [
         answer("export AWS_ACCESS_KEY_ID=AKIAIOSFODNN7EXAMPLE"),

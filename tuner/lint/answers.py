@@ -1,7 +1,6 @@
 """Checks of what the model learns to say: empty, cut off, caught in a loop, in another script, or never trained."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,9 +17,11 @@ SENTENCE_END = re.compile(r"[.!?。！？…;；:：]")
 LISTED = re.compile(r"\s*([-*+•·>|]|\d+[.)、]|[a-zA-Z][.)] |[^.!?]{0,30}:\s)|.*(https?://|www\.|\s-\w|\w\(|\s[-–*•]\s)")
 PROSE = re.compile(r"[\w\s,.;:!?'\"()%&€£°/-]|[，。；：！？、“”‘’（）《》「」—–…·]|[^\x00-\u2fff]")
 OPEN_WORDS = {"the", "a", "an", "and", "or", "of", "your", "their", "whose"}
-FENCE = re.compile(r"^[ \t]*(```+|~~~+)([^`\n]*)$", re.MULTILINE)
+FENCE = re.compile(r"^[ \t]*(```+)[ \t]*([^`\n]*)$", re.MULTILINE)
+INFO = re.compile(r"[\w+#.-]+")  # what stands behind the mark that opens a block: a language
 LOOP_PERIODS = 48  # words of the longest repeated unit
 MIN_LOOP_WORDS, MIN_LOOPS = 24, 5
+CODE_SIGN = re.compile(r"[(){}\[\]=<>|\\_`@#$%^*+/~-]{2}|[(){}\[\]=<>|\\_`@$^]")
 SCRIPTS = {
     "Chinese": re.compile(r"[\u3400-\u9fff]"),
     "kana": re.compile(r"[\u3040-\u30ff]"),
@@ -88,11 +89,13 @@ def broken_off(answer: str) -> str:
 
 def open_fence(answer: str) -> bool:
     """Whether a block of fenced code is not closed; a block is closed by at least as many of the same marks."""
+    if answer.count("```") % 2 == 0:
+        return False  # as many opened as closed, be it in odd places
     opened = ""
     for mark, rest in FENCE.findall(answer):
         if not opened:
             opened = mark
-        elif mark.startswith(opened) and not rest.strip():
+        elif mark.startswith(opened) and not INFO.match(rest):
             opened = ""
     return bool(opened)
 
@@ -127,16 +130,16 @@ def repeated_unit(answer: str) -> tuple[str, int]:
     if len(words) < MIN_LOOP_WORDS:
         return "", 0
     numbers: dict[str, int] = {}
-    ids = np.array([numbers.setdefault(word.group().casefold(), len(numbers)) for word in words])
-    commonest = Counter(ids.tolist()).most_common(1)[0][1]
-    if commonest < MIN_LOOPS:
-        return "", 0
+    told = [numbers.setdefault(word.group().casefold(), len(numbers)) for word in words]
+    if len(told) - len(set(zip(told, told[1:], told[2:]))) < MIN_LOOP_WORDS // 2:
+        return "", 0  # a quick look: in a loop, most sequences of three words were there before
+    ids = np.array(told)
     for period in range(1, min(LOOP_PERIODS, len(ids) // MIN_LOOPS) + 1):
         end, length = longest_run(ids[period:] == ids[:-period])
         start = end - length
         times = (length + period) // period
-        unit = ids[start : start + period].tolist()
-        if times >= MIN_LOOPS and length + period >= MIN_LOOP_WORDS and not is_count(unit, words, start):
+        stretch = answer[words[start].start() : words[end + period - 1].end()]
+        if times >= MIN_LOOPS and length + period >= MIN_LOOP_WORDS and is_prose(stretch):
             return answer[words[start].start() : words[start + period - 1].end()], times
     return "", 0
 
@@ -151,9 +154,9 @@ def longest_run(same: np.ndarray) -> tuple[int, int]:
     return int(ends[best]), int(ends[best] - starts[best])
 
 
-def is_count(unit: list[int], words: list[re.Match[str]], start: int) -> bool:
-    """Whether the unit has no word of letters: tables of numbers, binary and drawings repeat and are meant."""
-    return not any(re.search(r"[^\W\d_]{2}|[\u3400-\u9fff]", words[start + i].group()) for i in range(len(unit)))
+def is_prose(text: str) -> bool:
+    """Whether a text is of words, for tables, code, drawings and rows of numbers repeat and are meant."""
+    return not CODE_SIGN.search(text) and bool(re.search(r"[^\W\d_]{2}|[\u3400-\u9fff]", text))
 
 
 def language_mix(subject: Subject) -> Iterator[Problem]:

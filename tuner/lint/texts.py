@@ -11,7 +11,8 @@ MARK = re.compile(
     r"<\|\w{2,40}\|>|\[UNUSED_TOKEN_\d+\]|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<｜[^<>｜\n]{1,40}｜>|<eo[hmac]>"
     r"|\A\s*<s>|</s>\s*<s>|</s>\s*\Z"  # elsewhere they are HTML: text that is struck out
 )
-QUOTED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+QUOTED = re.compile(r"```.*?(?:```|\Z)|(`{1,2})[^`\n]+\1", re.DOTALL)
+QUOTES = ('""', "''", "“”", "‘’", "「」", "《》")
 PAIRS = {
     **{template.before_role: template.turn_end for template in CHAT_TEMPLATES.values()},
     **{"[INST]": "[/INST]", "<<SYS>>": "<</SYS>>", "<start_of_turn>": "<end_of_turn>"},
@@ -38,7 +39,7 @@ def special_text(subject: Subject) -> Iterator[Problem]:
         if not marks:
             continue
         quoted = [span.span() for span in QUOTED.finditer(text.content)]
-        bare = [mark for mark in marks if not any(start <= mark.start() < end for start, end in quoted)]
+        bare = [mark for mark in marks if not _is_quoted(mark, quoted)]
         first = (bare or marks)[0]
         shown = excerpt(text.content, first.start(), first.end(), around=12)
         told = f"{text.where} holds {first.group().strip()!r} as text, {shown}"
@@ -46,6 +47,12 @@ def special_text(subject: Subject) -> Iterator[Problem]:
             yield warning(f"{told}: harmless here, but a template was probably applied already. Give the raw messages.")
         else:
             yield note(f"{told}. It is encoded as the letters it is.")
+
+
+def _is_quoted(mark: re.Match[str], spans: list[tuple[int, int]]) -> bool:
+    """Whether a mark is spoken of: it stands in code, or has quotation marks around it."""
+    around = mark.string[max(0, mark.start() - 1) : mark.start()] + mark.string[mark.end() : mark.end() + 1]
+    return around in QUOTES or any(start <= mark.start() < end for start, end in spans)
 
 
 def may_have_marks(text: str) -> bool:

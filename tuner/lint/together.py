@@ -118,10 +118,9 @@ def duplicates(facts: Facts, files: list[str]) -> Located:
 def near_duplicates(facts: Facts, files: list[str]) -> Located:
     """Rows that differ from an earlier one in case, spaces or punctuation only."""
     first, later = repeats(facts.rows["near"])
-    exact = set(repeats(facts.rows["exact"])[1].tolist())
-    for row, original in zip(later.tolist(), first.tolist()):
-        if row not in exact:
-            yield row, note(f"the same as {place(facts, files, original, row)} but for case, spaces or punctuation.")
+    is_new = ~np.isin(later, repeats(facts.rows["exact"])[1])
+    for row, original in zip(later[is_new].tolist(), first[is_new].tolist()):
+        yield row, note(f"the same as {place(facts, files, original, row)} but for case, spaces or punctuation.")
 
 
 def repeats(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -135,12 +134,13 @@ def repeats(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.i
 def repeated_answers(facts: Facts, files: list[str]) -> Located:
     """One answer in many rows, reported where it stands first."""
     answers = facts.answers
+    enough = max(MIN_SAME, MIN_SAME_SHARE * len(answers))  # at most a hundred answers are that common
     hashes, first, counts = np.unique(answers["hash"], return_index=True, return_counts=True)
-    exact = facts.rows["exact"]
-    for group in np.flatnonzero(counts >= MIN_SAME)[np.argsort(-counts[counts >= MIN_SAME], kind="stable")].tolist():
+    common = np.flatnonzero(counts >= enough)
+    for group in common[np.argsort(-counts[common], kind="stable")].tolist():
         owners = answers["row"][answers["hash"] == hashes[group]]
-        number = len(np.unique(exact[owners]))  # rows that are duplicates as a whole are reported as such
-        if number < max(MIN_SAME, MIN_SAME_SHARE * len(answers)):
+        number = len(np.unique(facts.rows["exact"][owners]))  # duplicates of whole rows are reported as such
+        if number < enough:
             continue
         lines = ", ".join(place(facts, files, row, int(owners[0])) for row in owners[1:4].tolist())
         share = number / len(answers)
