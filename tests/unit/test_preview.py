@@ -14,8 +14,10 @@ from tuner.cli import run
 from tuner.config import loads, render
 from tuner.constants import IGNORE_INDEX
 from tuner.dataset.build import PackedDataset, build_dataloader, build_shards
+from tuner.dataset.sampler import StepPlan
 from tuner.errors import UserError
 from tuner.model.tokenizer import build_tokenizer
+from tuner.preview.samples import pack_heading, pack_views
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,16 @@ def test_a_step_of_a_rank_shows_the_documents_tokens_and_labels_that_its_dataloa
         assert any(trained for _, trained in shown)
     numbers = [int(re.match(r"document (\d+) ", heading)[1]) for heading in page.headings]
     assert numbers == [number for pack in loader.sampler.plan(step).packs for number in pack]
+
+
+def test_a_rank_without_a_pack_at_the_end_of_an_epoch_has_none_to_show(folder: Path, settings: dict[str, object]):
+    shards = shards_of(folder)
+    dataset = PackedDataset(shards, max_length=256, seed=0)
+    plan = StepPlan(step=1, epoch=0, packs=((), (3,)), num_loss_tokens=5)
+    empty, full = pack_views(plan, dataset[plan], shards, sequence_parallel=2)
+    assert (empty.documents, empty.num_tokens, empty.padding) == ([], 1, 1)
+    assert [document.number for document in full.documents] == [3]
+    assert "0 documents in 1 token" in pack_heading(empty)
 
 
 def test_a_message_that_weighs_half_is_told_to(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -138,7 +138,7 @@ def pack_heading(pack: PackView) -> str:
     parts.append(f"micro-batch {pack.micro_batch + 1} of {pack.num_micro_batches}")
     parts.append(f"{counted(len(pack.documents), 'document')} in {counted(pack.num_tokens, 'token')}")
     if pack.cuts:
-        parts.append(f"sequence-parallel cuts before tokens {', '.join(map(str, pack.cuts))}")
+        parts.append(f"sequence-parallel cuts: {', '.join(map(str, pack.cuts))}")
     return " · ".join(parts)
 
 
