@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,7 +18,7 @@ from tuner.dataset.chat_template import CHAT_TEMPLATES, render
 from tuner.dataset.collate import collate
 from tuner.dataset.documents import TOO_LONG, fit
 from tuner.dataset.ledger import Ledger
-from tuner.dataset.packing import RUN, balanced_order, pack, pack_each
+from tuner.dataset.packing import ALIKE, RUN, balanced_order, pack, pack_each
 from tuner.dataset.sampler import StepSampler
 from tuner.dataset.tokenize import Document, Encoder
 
@@ -122,12 +122,12 @@ def test_the_contents_of_packs_follow_from_the_lengths_alone(
 
 
 @given(costs=st.lists(st.integers(0, 2**40), max_size=200), seed=SEEDS)
-def test_balance_is_an_order_and_inside_a_window_its_runs_do_not_overlap(costs: list[int], seed: tuple[int, int]):
+def test_balance_is_an_order_whose_runs_in_a_window_hardly_overlap(costs: list[int], seed: tuple[int, int]):
     order = balanced_order(np.array(costs, np.int64), seed)
     assert sorted(order.tolist()) == list(range(len(costs)))
     runs = np.array(costs, np.int64)[order[: len(costs) // RUN * RUN]].reshape(-1, RUN)
-    spans = sorted((run.min(), run.max()) for run in runs)
-    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+    for one, other in combinations(runs, 2):
+        assert one.max() <= (1 + ALIKE) * other.min() or other.max() <= (1 + ALIKE) * one.min()
 
 
 class Corpus:

@@ -18,6 +18,8 @@ AFTER_SHARDS = (
     *("packing", "prepare", "sampler", "sources", "workers", "mixture", "contributions", "hub", "token_files"),
 )
 
+PLAIN = str | int | float | bool | list | tuple | dict | set | frozenset | None
+
 
 def digest(ingredients: dict[str, Any]) -> str:
     """A directory name for a set of ingredients."""
@@ -58,19 +60,35 @@ def _texts(function: Callable[..., Any], seen: dict[str, str]) -> dict[str, str]
     used = dict(inspect.getclosurevars(function).nonlocals)
     used |= {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
     for name, value in used.items():
-        key = f"{function.__module__}.{name}"
-        if inspect.isfunction(value) and value.__module__ == function.__module__:
-            if f"{value.__module__}.{value.__qualname__}" not in seen:
-                _texts(value, seen)
-        elif _is_plain(value):
-            seen[key] = f"{name}={pformat(value)}"
+        for inner in _leaves(value):
+            own = inspect.isfunction(inner) and inner.__module__ == function.__module__
+            if own and f"{inner.__module__}.{inner.__qualname__}" not in seen:
+                _texts(inner, seen)
+        if isinstance(value, PLAIN):
+            seen[f"{function.__module__}.{name}"] = f"{name}={pformat(_named(value))}"
     return seen
+
+
+def _leaves(value: Any) -> list[Any]:
+    """What a constant holds, at any depth; of other values themselves."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [leaf for inner in value for leaf in _leaves(inner)]
+    return [value]
+
+
+def _named(value: Any) -> Any:
+    """A constant as it prints in every process: functions and objects in it by name, not by their address."""
+    if isinstance(value, dict):
+        return {repr(_named(key)): _named(inner) for key, inner in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_named(inner)) for inner in value)
+    if isinstance(value, list | tuple):
+        return [_named(inner) for inner in value]
+    return value if isinstance(value, PLAIN) else f"<{type(value).__name__} {getattr(value, '__qualname__', '')}>"
 
 
 def _names(code: CodeType) -> set[str]:
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*inner)
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str | int | float | bool | list | tuple | dict | set | frozenset | None)

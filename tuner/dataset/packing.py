@@ -12,6 +12,7 @@ from tuner.errors import UserError
 IntArray = NDArray[np.int64]
 RUN = 8  # packs of like cost that follow each other
 WINDOW = 1024  # packs, drawn at random, among which like is put to like
+ALIKE = 1 / 8  # costs that differ by no more are in random order, so that epochs of few packs put other ones together
 BITS_BESIDE_LENGTH = 24  # of a sorting key of 64: lengths up to 2**40, and 24 random bits to order equal lengths
 
 
@@ -82,14 +83,15 @@ def balanced_order(costs: IntArray, seed: Sequence[int]) -> IntArray:
     """Packs in random order, but in runs of RUN whose costs are alike; `costs` (packs,): what attention takes of each.
 
     Ranks that take the packs of a run at the same time wait little for each other. Packs are shuffled, sorted by cost
-    inside windows of WINDOW and cut into runs, and the runs are shuffled: no part of an epoch has more of the long
-    documents than another. Costs rise in every other run and fall in those between, so that no rank always has the
-    most. The packs that fill no run come last.
+    (raised by up to ALIKE at random) inside windows of WINDOW and cut into runs, and the runs are shuffled: no part of
+    an epoch has more of the long documents than another. Costs rise in every other run and fall in those between, so
+    that no rank always has the most. The packs that fill no run come last.
     """
     shuffled = permutation(len(costs), seed)
     num_runs = len(costs) // RUN
     inside, rest = np.split(shuffled, [num_runs * RUN])
-    ordered = inside[np.lexsort((costs[inside], np.arange(len(inside)) // WINDOW))]
+    raised = costs * (1 + ALIKE * 2.0**-53 * (random_bits(len(costs), [*seed, 3]) >> np.uint64(11)))
+    ordered = inside[np.lexsort((raised[inside], np.arange(len(inside)) // WINDOW))]
     runs = ordered.reshape(num_runs, RUN)[permutation(num_runs, [*seed, 2])]
     runs[1::2] = runs[1::2, ::-1]
     return np.concatenate([runs.ravel(), rest])
