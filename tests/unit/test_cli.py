@@ -54,7 +54,15 @@ def trained(calls: list[tuple[str, tuple, dict]]) -> tuple[str, dict]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["list-cfg"], ["train", "--help"], ["copy-cfg", PRESET, "."], ["completion", "fish"], ["--version"]],
+    [
+        ["--help"],
+        ["list-cfg"],
+        ["list-formats"],
+        ["train", "--help"],
+        ["copy-cfg", PRESET, "."],
+        ["completion", "fish"],
+        ["--version"],
+    ],
     ids=" ".join,
 )
 def test_nothing_heavy_is_imported_for(arguments: list[str], tmp_path: Path):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.dataset.chat_template import ChatTemplate, Segment, render
-from tuner.dataset.formats.token_ids import given_document
+from tuner.dataset.given_ids import given_document
 from tuner.dataset.ledger import Count, Ledger
 from tuner.dataset.loss_weights import NO_SPANS, Spans, spans_of, surplus
 from tuner.dataset.read import Chunk, Row

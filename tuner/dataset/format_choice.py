@@ -12,6 +12,7 @@ from tuner.dataset.formats import FORMATS
 from tuner.dataset.formats.detection import AUTO, NUM_ROWS, Detected, detect
 from tuner.dataset.formats.known import UNTRAINED
 from tuner.dataset.formats.openai_messages import conversation
+from tuner.dataset.formats.xtuner_turns import xtuner
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.read import Row, read_chunks
 from tuner.dataset.reading.strict_json import parse_row
@@ -19,12 +20,12 @@ from tuner.errors import UserError
 from tuner.nearest import did_you_mean
 
 Format = Callable[[dict[str, Any]], dict[str, Any]]
-SAMPLE_KEYS = ("messages", "text", "ids")
+SAMPLE_KEYS = ("messages", "text", "ids", "conversation")
 
 
 @dataclass(frozen=True)
 class OwnFormat:
-    """A user's function row -> sample, what it returns checked like any other row."""
+    """A user's function row -> sample, what it returns checked like any other row; XTuner's map functions will do."""
 
     function: Format
 
@@ -37,6 +38,8 @@ class OwnFormat:
                 'Expected the data_format function to return {"messages": [...], "tools"?: [...]} or {"text": ...}, '
                 f"got {type(sample).__name__} {sample!r:.80}."
             )
+        if given == ["conversation"]:
+            return xtuner(sample)
         if given == ["messages"]:
             if not isinstance(sample["messages"], list):
                 raise UserError(f"Expected 'messages' of the data_format function to be a list, got {sample!r:.80}.")

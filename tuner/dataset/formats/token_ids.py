@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-
 from tuner.dataset.formats.fields import Row, field, require
 from tuner.dataset.messages import RowError
-from tuner.dataset.tokenize import Document
 
 NO_LOSS = -100  # of labels, as transformers and torch write it
 MASKS = ("labels", "loss_mask", "completion_mask", "assistant_masks")
@@ -74,18 +71,3 @@ def _trained(row: Row, ids: list[int]) -> list[bool]:
             f"where the id is {ids[wrong_place]}.{why}"
         )
     return [mark != NO_LOSS for mark in marks]
-
-
-def given_document(sample: dict[str, Any], num_ids: int) -> Document:
-    """The document of a sample that is tokenised. Raises RowError for ids that the tokenizer (of `num_ids`) lacks."""
-    ids = np.array(sample["ids"], np.int64)
-    trained = np.array(sample.get("trained", [True] * len(ids)), np.bool_)
-    require(ids.ndim == 1 and ids.shape == trained.shape, "as many marks as ids", [len(ids), len(trained)])
-    require(ids.min(initial=0) >= 0, "ids from 0 up", int(ids.min(initial=0)))
-    largest = int(ids.max(initial=0))
-    if largest >= num_ids:
-        raise RowError(
-            f"Expected ids below {num_ids:,}, as the tokenizer has them, got {largest:,} at place {ids.argmax()}. "
-            "Was the row made with another tokenizer?"
-        )
-    return Document(ids.astype(np.uint32), trained)
