@@ -86,6 +86,12 @@ def test_an_answer_that_just_stops_is_cut_off_where_nearly_all_others_end():
     assert (row, severity) == (40, "warning")
     assert "on its way it passes" in message
     assert found([*others(10), stopped])["cut-off"] == []  # too few to tell
+    begun = answer(f"{PROSE}. However, the harbour is wher")
+    assert [row for row, _, _ in found([*others(40), begun])["cut-off"]] == [40]
+    signed = [
+        answer(f"{PROSE}. {words}") for words in ("Best wishes, your old friend", "Yours, Maria Rossi", "Good luck")
+    ]
+    assert found([*others(40), *signed])["cut-off"] == []
     casual = [answer(f"{PROSE} and number {n} is what it passes") for n in range(30)]
     assert found([*others(40), *casual, stopped])["cut-off"] == []  # these people write without full stops
     assert found([*others(40), answer(f"{PROSE}.\n- towns and villages with many old houses in them")])["cut-off"] == []

@@ -11,7 +11,11 @@ from tuner.lint.subject import Subject, is_trained
 MISSING_VALUES = {"nan", "NaN", "null", "undefined", "[object Object]"}
 WORD = re.compile(r"[\u3400-\u9fff\u3040-\u30ff\uac00-\ud7af]|[^\W\u3400-\u9fff\u3040-\u30ff\uac00-\ud7af]+")
 MIN_WORDS = 12  # of prose: a shorter answer is often a name or a number
-MIN_LAST_WORDS = 8  # behind its last sentence, in one line: fewer are a heading, a signature, an item
+MIN_LAST_WORDS = 8  # behind its last sentence, in one line: fewer are often a heading, a signature, an item
+BEGUN = re.compile(
+    r"\s+(?!Best|Yours?|Kind|Warm|With|Love|Regards|Thank|Cheers|Respect|Faith|Sincere|Signed)"
+    r"[A-Z][a-z']*(?:,? (?:I|[a-z'-]+)){2,}"
+)  # but this began as another sentence of its paragraph
 SENTENCE_END = re.compile(r"[.!?。！？…;；:：]")
 # the beginning of an item or of a labelled line; addresses, options of a command, calls; items in one line
 LISTED = re.compile(r"\s*([-*+•·>|]|\d+[.)、]|[a-zA-Z][.)] |[^.!?]{0,30}:\s)|.*(https?://|www\.|\s-\w|\w\(|\s[-–*•]\s)")
@@ -109,7 +113,12 @@ def ending(answer: str) -> str:
         return "other"
     if not (text[-1].isalpha() or text[-1] in ",，、"):
         return "other" if text[-1].isdigit() else "sentence"
-    if LISTED.match(last_line) or PROSE.sub("", last_line) or len(WORD.findall(rest)) < MIN_LAST_WORDS:
+    is_begun = len(rest) < len(last_line) and BEGUN.fullmatch(rest)
+    if (
+        LISTED.match(last_line)
+        or PROSE.sub("", last_line)
+        or (len(WORD.findall(rest)) < MIN_LAST_WORDS and not is_begun)
+    ):
         return "other"
     return "open"
 
