@@ -1,4 +1,4 @@
-"""Packs of several sources, each with its share of the tokens: over any 1,000 packs, and in the long run exactly."""
+"""Packs of several sources by weight: any 1,000 in a row hold each source's share to within one pack."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise

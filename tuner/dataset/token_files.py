@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.dataset.formats.token_ids import tokens
+from tuner.dataset.reading.rows import Row
 from tuner.dataset.reading.strict_json import parse_row
 from tuner.dataset.reading.token_pairs import ENDING, meta_path, read_token_pairs
 from tuner.dataset.tokenize import Document
@@ -45,13 +46,17 @@ def read(path: str | Path) -> Iterator[Document]:
     path = Path(path)
     with open(path, "rb") as stream:
         for row in read_token_pairs(stream, path):
-            try:
-                if row.fault:
-                    raise UserError(row.fault)
-                sample = tokens(parse_row(row.content))
-            except UserError as error:
-                raise UserError(f"{path}:{row.line}: {error}") from error
-            yield Document(np.array(sample["ids"], np.uint32), np.array(sample["trained"], np.bool_))
+            yield _document(row, path)
+
+
+def _document(row: Row, path: Path) -> Document:
+    try:
+        if row.fault:
+            raise UserError(row.fault)
+        sample = tokens(parse_row(row.content))
+    except UserError as error:
+        raise UserError(f"{path}:{row.line}: {error}") from error
+    return Document(np.array(sample["ids"], np.uint32), np.array(sample["trained"], np.bool_))
 
 
 def _append(file: BinaryIO, document: Document, number: int) -> tuple[int, int]:
