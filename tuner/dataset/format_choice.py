@@ -42,7 +42,8 @@ class OwnFormat:
             return xtuner(sample)
         if given == ["messages"]:
             if not isinstance(sample["messages"], list):
-                raise UserError(f"Expected 'messages' of the data_format function to be a list, got {sample!r:.80}.")
+                given_words = f"{sample['messages']!r:.80}"
+                raise UserError(f"Expected 'messages' of the data_format function to be a list, got {given_words}.")
             return conversation(sample["messages"], sample.get("tools"))
         if given == ["text"] and not (isinstance(sample["text"], str) and sample["text"]):
             raise UserError(f"Expected 'text' of the data_format function to be some text, got {sample['text']!r:.80}.")

@@ -31,8 +31,17 @@ def join_files(first: Path, second: Path, out: Path) -> Joined:
         if _id(row, where) in partners:
             raise UserError(f"{where}: the id {row['id']!r} comes twice. Expected each id once.")
         partners[_id(row, where)] = row
-    num_rows = num_alone = 0
     part = out.with_name(out.name + ".part")
+    try:
+        joined = _write(first, partners, part)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return joined
+
+
+def _write(first: Path, partners: dict[str, dict[str, Any]], part: Path) -> Joined:
+    num_rows = num_alone = 0
     with part.open("w", encoding="utf-8") as file:
         for where, row in _rows(first):
             partner = partners.get(_id(row, where))
@@ -44,7 +53,6 @@ def join_files(first: Path, second: Path, out: Path) -> Joined:
                 raise UserError(f"{where}: both rows with id {row['id']!r} have {differing}, with different values.")
             file.write(json.dumps({**row, **partner}, ensure_ascii=False) + "\n")
             num_rows += 1
-    os.replace(part, out)
     return Joined(num_rows, num_alone)
 
 
