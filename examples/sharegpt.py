@@ -1,6 +1,7 @@
 """Conversations with tool calls in ShareGPT form, as a row -> sample function of one's own.
 
-Put it into the assembly of a copied recipe, in the place of the format's name:
+The format `sharegpt` reads such rows already; this shows how little a format of one's own takes. Name it where the
+function can be imported, `data_format=examples.sharegpt:to_sample`, or put it into a copied recipe:
 
     from examples.sharegpt import to_sample
     ...
