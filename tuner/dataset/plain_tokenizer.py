@@ -56,7 +56,9 @@ class PlainTokenizer:
         """The tokenizer; what it took to build it is given back to the system."""
         tokenizer = Tokenizer.from_str(json.dumps({**self.frame, "model": {"type": "BPE", "vocab": {}, "merges": []}}))
         merges = list(zip(*(map(self.pieces.__getitem__, places) for places in self.merges.T.tolist())))
-        tokenizer.model = models.BPE(dict(zip(self.pieces, self.ids.tolist())), merges, **self.model)
+        whole = self.frame["pre_tokenizer"] is None  # texts come to the model whole: to remember them takes 36 MB
+        cache = {"cache_capacity": 0} if whole else {}
+        tokenizer.model = models.BPE(dict(zip(self.pieces, self.ids.tolist())), merges, **self.model, **cache)
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         tokenizer.add_tokens(
             [AddedToken(token["content"], **{flag: token[flag] for flag in flags}) for token in self.added]

@@ -138,16 +138,15 @@ class Encoder:
         """
         joined: list[Segment] = []
         is_open = False
-        for segment in segments:
-            for text in self._split(segment.text) if segment.special else (segment.text,):
-                is_mark = segment.special and text in self._special_ids
-                last = joined[-1] if is_open else None
-                if last is not None and not is_mark and last[1:2] + last[3:] == segment[1:2] + segment[3:]:
-                    joined[-1] = last._replace(text=last.text + text)
+        for whole, trained, special, weight in segments:
+            for text in self._split(whole) if special else (whole,):
+                is_mark = special and text in self._special_ids
+                if is_open and not is_mark and joined[-1].trained == trained and joined[-1].weight == weight:
+                    joined[-1] = Segment(joined[-1].text + text, trained, False, weight)
                 else:
-                    joined.append(segment._replace(text=text, special=is_mark))
+                    joined.append(Segment(text, trained, is_mark, weight))
                 is_open = not is_mark
-            is_open = is_open and not (segment.special and segment.text.endswith(self._template.prompt))
+            is_open = is_open and not (special and whole.endswith(self._template.prompt))
         return joined
 
     def _split(self, text: str) -> list[str]:
