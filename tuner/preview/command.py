@@ -61,7 +61,8 @@ def preview(
     assembly = Assembly(config)
     vocabulary = Vocabulary(assembly.build(config.tokenizer))
     dataloader = build_dataloader(config, assembly, wanted)
-    excerpts = list(choose(dataloader, wanted, config.train_dataloader.dataset.get("shards"), assembly))
+    shards_node = config.train_dataloader.dataset.get("shards")
+    excerpts = with_tails(list(choose(dataloader, wanted)), shards_node, assembly)
     epoch_figures = figures.of_epoch(dataloader.dataset)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than the data
@@ -109,7 +110,7 @@ def build_dataloader(config: Any, assembly: Assembly, view: View) -> Any:
     return assembly.build({**node, "rank": rank, "num_ranks": num_ranks})
 
 
-def choose(dataloader: Any, view: View, shards_node: Any, assembly: Assembly) -> Iterator[Excerpt]:
+def choose(dataloader: Any, view: View) -> Iterator[Excerpt]:
     """Packs in the order of training until as many documents are shown as were asked for."""
     left = view.num_documents if view.num_documents is not None or view.step is not None else NUM_DOCUMENTS
     for plan, batches in steps(dataloader, view.step):
@@ -119,8 +120,7 @@ def choose(dataloader: Any, view: View, shards_node: Any, assembly: Assembly) ->
                 return
             shown = len(pack.documents) if left is None else min(left, len(pack.documents))
             left = None if left is None else left - shown
-            documents = with_tails(pack.documents[:shown], shards_node, assembly)
-            yield Excerpt(pack._replace(documents=[*documents, *pack.documents[shown:]]), shown)
+            yield Excerpt(pack, shown)
 
 
 def refuse_overwriting(targets: list[Path]) -> None:

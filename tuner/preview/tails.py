@@ -2,9 +2,9 @@
 
 import io
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +13,95 @@ from tuner.dataset.read import Row, read_chunks
 from tuner.dataset.shards import Shards
 from tuner.engine.assemble import Assembly, plain
 from tuner.errors import UserError
-from tuner.preview.samples import DocumentView, Tail
+from tuner.preview.samples import DocumentView, Excerpt, Tail
 
 UNCUT = (1 << 31) - 1  # a max_length that no row reaches
 MOST_ROWS_OF_A_LINE = 1_000  # a JSON array may stand in a single line; then a line does not tell its rows apart
 
 
-def with_tails(documents: Sequence[DocumentView], node: Any, assembly: Assembly) -> list[DocumentView]:
-    """The documents, each that truncation may have cut with what it lost.
+def with_tails(excerpts: Sequence[Excerpt], node: Any, assembly: Assembly) -> list[Excerpt]:
+    """The excerpts, each document shown that truncation may have cut with what it lost.
 
-    `node` is the config of their shards: the row of a document goes through the same call again, with room for all.
+    `node` is the config of their shards: the rows of the documents go through the same call again, with room for all.
     """
     if not isinstance(node, Mapping) or node.get("type") is not build_shards or node.get("too_long") != "truncate":
-        return list(documents)
-    full = int(node["max_length"])
-    return [
-        document._replace(tail=_tail(document, plain(node), assembly)) if len(document.ids) >= full else document
-        for document in documents
-    ]
+        return list(excerpts)
+    shown = [document for pack, number in excerpts for document in pack.documents[:number]]
+    full = {document.number: document for document in shown if len(document.ids) >= int(node["max_length"])}
+    tails = _tails(list(full.values()), plain(node), assembly) if full else {}
+    completed = []
+    for pack, number in excerpts:
+        documents = [document._replace(tail=tails.get(document.number)) for document in pack.documents]
+        completed.append(Excerpt(pack._replace(documents=documents), number))
+    return completed
 
 
-def _tail(document: DocumentView, node: dict[str, Any], assembly: Assembly) -> Tail | None:
-    file, _, line = document.source.rpartition(":")
+def _tails(documents: Sequence[DocumentView], node: dict[str, Any], assembly: Assembly) -> dict[int, Tail]:
+    """By the number of the document: what it lost, or why that is not known; nothing for one that lost nothing."""
+    owners, rows = [], []
     try:
-        rows = _rows(Path(file), int(line))
-        whole = _tokenised(rows, node, assembly)
+        for document, its_rows in _rows_of(documents):
+            owners += [document] * len(its_rows)
+            rows += its_rows
+        found: dict[int, set[tuple[int, ...]]] = {document.number: set() for document in documents}
+        for place, ids in _tokenised(rows, node, assembly):
+            owner = owners[place]
+            if ids[: len(owner.ids)] == owner.ids:
+                found[owner.number].add(tuple(ids[len(owner.ids) :]))
     except UserError as error:
-        return Tail(problem=str(error).splitlines()[0])
-    found = {tuple(ids[len(document.ids) :]) for ids in whole if ids[: len(document.ids)] == document.ids}
-    if len(found) != 1:
-        return Tail(problem=f"{len(found)} rows of this line begin like the document")
-    [tail] = found
-    return Tail(tail) if tail else None
+        problem = Tail(problem=str(error).splitlines()[0])
+        return {document.number: problem for document in documents}
+    return {number: _only(tails) for number, tails in found.items() if tails != {()}}
 
 
-def _rows(file: Path, line: int) -> list[Row]:
-    """The rows that begin on a line; UserError where they are too many to tell apart."""
-    rows = (row for chunk in read_chunks(file) for row in chunk.rows if row.line >= line)
-    found = []
-    for row in islice(rows, MOST_ROWS_OF_A_LINE + 1):
-        if row.line > line:
+def _only(tails: Collection[tuple[int, ...]]) -> Tail:
+    """The tail, if it is the only one that rows of the document's line could have left."""
+    if len(tails) != 1:
+        return Tail(problem=f"{len(tails)} different rows of this line begin like the document")
+    [ids] = tails
+    return Tail(ids)
+
+
+def _rows_of(documents: Iterable[DocumentView]) -> Iterable[tuple[DocumentView, list[Row]]]:
+    """Each document with the rows that begin on its line; every file is read once, up to the last line needed.
+
+    Raises:
+        UserError: a file that cannot be read any more, or a line of more rows than are told apart.
+    """
+    by_file: dict[str, dict[int, list[DocumentView]]] = defaultdict(lambda: defaultdict(list))
+    for document in documents:
+        file, _, line = document.source.rpartition(":")
+        by_file[file][int(line)].append(document)
+    for file, by_line in by_file.items():
+        rows = _rows(Path(file), by_line)
+        yield from ((document, rows[line]) for line, its_documents in by_line.items() for document in its_documents)
+
+
+def _rows(file: Path, lines: Collection[int]) -> dict[int, list[Row]]:
+    """The rows that begin on some lines."""
+    found: dict[int, list[Row]] = {line: [] for line in lines}
+    last = max(lines)
+    for row in (row for chunk in read_chunks(file) for row in chunk.rows):
+        if row.line > last:
             break
-        found.append(row)
-    if len(found) > MOST_ROWS_OF_A_LINE:
-        raise UserError(f"{file}:{line} holds more than {MOST_ROWS_OF_A_LINE:,} rows; put each on a line of its own.")
+        if row.line in found:
+            found[row.line].append(row)
+        if len(found.get(row.line, ())) > MOST_ROWS_OF_A_LINE:
+            raise UserError(
+                f"{file}:{row.line} holds over {MOST_ROWS_OF_A_LINE:,} rows; put each on a line of its own."
+            )
     return found
 
 
-def _tokenised(rows: Sequence[Row], node: dict[str, Any], assembly: Assembly) -> list[list[int]]:
-    """The ids of rows as documents of any length; silently, for what is printed would look like the whole data's."""
+def _tokenised(rows: Sequence[Row], node: dict[str, Any], assembly: Assembly) -> list[tuple[int, list[int]]]:
+    """Place in `rows` and ids of each document that they give, of any length.
+
+    What preparing prints would look as if it were about all of the data, so it is not shown.
+    """
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         file = Path(folder) / "rows.jsonl"
         file.write_bytes(b"\n".join(b" ".join(row.content.splitlines()) for row in rows))
         settings = {"path": str(file), "max_length": UNCUT, "cache_dir": folder, "on_bad_row": "skip"}
         shards: Shards = assembly.build({**node, **settings})
-        return [shards.document(index).ids.tolist() for index in range(len(shards))]
+        lines = [int(shards.source(index).rpartition(":")[2]) for index in range(len(shards))]
+        return [(line - 1, shards.document(index).ids.tolist()) for index, line in enumerate(lines)]
