@@ -16,11 +16,13 @@ from tuner.lint.rows import RowLinter
 
 CONFIG = """
 from tuner.dataset.build import PackedDataset, build_dataloader, build_shards
+from tuner.dataset.rendering import Rendering
 from tuner.model.tokenizer import build_tokenizer
 
 model_path = {model!r}
 data_path = {data!r}
 max_length = 40
+loss_on = "assistant"
 
 tokenizer = dict(type=build_tokenizer, path=model_path)
 train_dataloader = dict(
@@ -31,8 +33,8 @@ train_dataloader = dict(
         max_length=max_length,
         seed=0,
         shards=dict(
-            type=build_shards, path=data_path, data_format="openai", chat_template="internlm2", tokenizer=tokenizer,
-            max_length=max_length,
+            type=build_shards, path=data_path, data_format="openai", tokenizer=tokenizer, max_length=max_length,
+            chat_template=dict(type=Rendering, chat_template="internlm2", loss_on=loss_on),
         ),
     ),
 )
@@ -127,6 +129,9 @@ def test_a_config_brings_format_template_length_and_tokenizer(tmp_path, capsys, 
     assert f"{data}:31: zero-loss:" in shown
     assert lint(capsys, config, "max_length=4000")[0] == 0
     assert lint(capsys, config, "--max-length", 4000)[0] == 0
+    code, shown = lint(capsys, config, "max_length=4000", "loss_on='calls'")
+    assert code == 2
+    assert f"zero-loss: {len(CLEAN) + 1} warnings" in shown
     assert run(["lint", str(config), "maxlength=4000"]) == 2
     assert "max_length" in capsys.readouterr().err
 

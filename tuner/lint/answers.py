@@ -200,10 +200,8 @@ def zero_loss(subject: Subject) -> Iterator[Problem]:
     if size is not None and size.num_trained_kept == 0 and size.num_trained:
         told = f"of its {size.num_tokens:,} tokens the first {size.max_length:,} are kept, and none of them is trained"
         yield warning(f"{told}. Raise max_length, or shorten what comes before the answer.")
-    elif size is not None and size.num_trained_kept == 0:
-        yield warning(f"none of its {size.num_tokens:,} tokens is trained. Drop the row, or give it an answer.")
-    elif size is None and subject.messages and not any(map(is_trained, subject.messages)):
-        yield warning("nothing is trained: no assistant turn whose loss is on. Drop the row, or give it an answer.")
+    elif size.num_trained_kept == 0 if size else subject.messages and not any(map(is_trained, subject.messages)):
+        yield warning("nothing of it is trained. Drop the row, or give it an answer whose loss is on.")
 
 
 def over_length(subject: Subject) -> Iterator[Problem]:
@@ -214,7 +212,7 @@ def over_length(subject: Subject) -> Iterator[Problem]:
     if size.num_tokens > size.max_length:
         lost = size.num_trained - size.num_trained_kept
         yield warning(
-            f"{size.num_tokens:,} tokens, over max_length={size.max_length:,}: cutting it loses {lost:,} of"
+            f"{size.num_tokens:,} tokens, over max_length={size.max_length:,}: cutting it would lose {lost:,} of"
             f" {size.num_trained:,} trained tokens. Raise max_length, or shorten or split the row."
         )
     elif size.num_tokens == size.max_length and any(ending(answer.content) == "open" for answer in subject.answers):

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, TextIO
 from tqdm import tqdm
 
 from tuner.config import PRESETS, loads, render
-from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import RowEncoder
 from tuner.dataset.format_choice import Format, choose_format, find_format
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.formats.detection import AUTO
 from tuner.dataset.formats.known import UNTRAINED
+from tuner.dataset.jinja_template import resolve_template
 from tuner.dataset.read import Chunk, read_chunks
 from tuner.dataset.rendering import Rendering
 from tuner.dataset.sources import expand
@@ -89,20 +89,7 @@ def find_target(data: Sequence[str], data_format: str | None, model: str | None)
     from tuner.model.tokenizer import build_tokenizer  # brings torch and transformers
 
     tokenizer = build_tokenizer(model)
-    return target._replace(tokenizer=tokenizer, rendering=target.rendering or Rendering(find_template(tokenizer)))
-
-
-def find_template(tokenizer: Any) -> str:
-    """The first template whose marks the tokenizer has."""
-    problems = []
-    for name, template in CHAT_TEMPLATES.items():
-        try:
-            Encoder.from_tokenizer(tokenizer, template)
-        except UserError as problem:
-            problems.append(str(problem))
-        else:
-            return name
-    raise UserError(problems[0])
+    return target._replace(tokenizer=tokenizer, rendering=target.rendering or Rendering("auto"))
 
 
 def target_of_config(name: str, settings: Sequence[str]) -> Target:
@@ -143,10 +130,12 @@ def row_linter(target: Target, files: list[Path]) -> RowLinter:
     _, to_sample = choose_format(name, files)
     if target.tokenizer is None or target.rendering is None:
         return RowLinter(to_sample)
-    template = CHAT_TEMPLATES[target.rendering.chat_template]
+    rendering = target.rendering
+    template = resolve_template(rendering.chat_template, target.tokenizer)
     encoder = Encoder.from_tokenizer(target.tokenizer, template)
-    choices = (target.rendering.loss_on, target.rendering.train_newline)
-    rows = RowEncoder(to_sample, template, encoder, UNCUT, "truncate", "skip", *choices)
+    _, arranged = choose_format(name, files, rendering.parallel_tool_calls)
+    choices = (rendering.loss_on, rendering.train_newline)
+    rows = RowEncoder(arranged, template, encoder, UNCUT, "truncate", "skip", *choices)
     return RowLinter(to_sample, rows, target.max_length)
 
 

@@ -45,6 +45,7 @@ CHECKS: dict[str, Check] = {
 }
 
 
+UNTRAINED = Size(0, 0, 0, (), None)  # of a row that is dropped because nothing of it is trained
 FINDERS = (secrets.find_keys, secrets.find_personal)
 
 
@@ -102,7 +103,9 @@ class RowLinter:
             return {}, {}
         numbered = [row._replace(line=place) for place, row in enumerate(chunk.rows)]  # rows may share a line
         encoded = self.encoder(Chunk(numbered, chunk.position))
-        return sizes_of(encoded, self.max_length), {bad.row.line: bad.reason for bad in encoded.bad_rows}
+        refusals = {bad.row.line: bad.reason for bad in encoded.bad_rows}
+        untrained = dict.fromkeys(set(range(len(numbered))) - set(refusals), UNTRAINED)
+        return untrained | sizes_of(encoded, self.max_length), refusals
 
 
 def findings_in(subject: Subject, line: int) -> list[Located]:
