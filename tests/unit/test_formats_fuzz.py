@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,3 +128,48 @@ def test_a_row_of_one_format_is_refused_by_others_or_says_the_same_in_them(name:
     taken = {other: sample for other in FORMATS if (sample := convert(other, EXAMPLES[name])) is not None}
     different = {other for other in taken if json.dumps(taken[other]) != json.dumps(taken[name])}
     assert different == ({"sharegpt"} if name == "msagent" else set())
+
+
+BLANKS, SIZE = " " * 300_000, 20_000
+HOSTILE = {
+    "blanks in a step": ("msagent", f"Action: f\nAction Input: {BLANKS}x"),
+    "blanks behind a step": ("msagent", f"Action: f{BLANKS}\n\nAction Input:{BLANKS}\nObservation:{BLANKS}x{BLANKS}"),
+    "lines of blanks": ("msagent", "\n" * 300_000),
+    "actions without an input": ("msagent", "Action: f\n" * SIZE),
+    "observations": ("msagent", "Action: f\nAction Input: {}\n" + "Observation: x\n" * SIZE),
+    "steps": ("msagent", "Action: f\nAction Input: {}\nObservation: x\n" * SIZE),
+    "thoughts begun": ("msagent", "<|startofthink|>" * SIZE),
+    "thoughts": ("msagent", '<|startofthink|>{"api_name": "f"}<|endofthink|><|startofexec|>x<|endofexec|>' * SIZE),
+    "a fence of blanks": ("msagent", f"<|startofthink|>```{BLANKS}<|endofthink|>"),
+    "actions begun": ("ftdp", "<|action_start|><|plugin|>" * SIZE),
+    "actions ended, then begun": ("ftdp", "<|action_end|>" * SIZE + "<|action_start|><|plugin|>" * SIZE),
+    "marks without a kind": ("ftdp", "<|action_start|>" * SIZE + "<|action_end|>"),
+    "fences": ("interpreter", "```python\nx\n" * SIZE),
+    "fences closed": ("interpreter", "```python\nx\n```\n" * SIZE + BLANKS + "x"),
+    "blanks in a fence": ("interpreter", f"```python\n{BLANKS}\n```{BLANKS}x"),
+    "blanks before a fence": ("interpreter", f"{BLANKS}```python\n1\n```"),
+    "humans": ("preference", "\n\nHuman: a" * SIZE),
+    "blank lines": ("preference", "\n" * 300_000),
+}
+
+
+def hostile_row(name: str, text: str) -> dict[str, Any]:
+    """A row with the text wherever the format looks for patterns."""
+    if name == "preference":
+        return {"chosen": text, "rejected": text + "x"}
+    if name == "msagent":
+        apis = f"1. f: d Parameters: []\n1. g:{text[:1000]}\n{BLANKS}1. h:{BLANKS}\n" + "1. {" * 1000
+        spoken = (("system", apis if text.startswith("Action: f\nA") else text), ("user", "a"), ("assistant", text))
+        return {"conversations": [{"from": speaker, "value": words} for speaker, words in spoken]}
+    said = {"role": "assistant", "content": text}
+    return {"messages": [{"role": "user", "content": "a"}, said, {"role": "environment", "content": "x"}]}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_no_text_makes_a_reader_slow(case: str):
+    name, text = HOSTILE[case]
+    row = hostile_row(name, text)
+    start = time.process_time()
+    detection(row)
+    convert(name, row)
+    assert time.process_time() - start < 5  # seconds; a pattern that goes back over it would take hours

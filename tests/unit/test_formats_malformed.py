@@ -531,13 +531,13 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
     "ftdp: mark open": (
         "ftdp",
         lab(PLUGINS, USER, {"role": "assistant", "content": "x<|action_start|><|plugin|>\n{}"}),
-        "Expected <|action_end|> behind each <|action_start|> of message 2, and a tool's mark, "
+        "Expected <|action_end|> behind each <|action_start|> of message 2, "
         "got str 'x<|action_start|><|plugin|>\\n{}'.",
     ),
     "ftdp: unknown mark": (
         "ftdp",
         lab(PLUGINS, USER, {"role": "assistant", "content": "x<|action_start|><|browser|>\n{}<|action_end|>"}),
-        "Expected <|action_end|> behind each <|action_start|> of message 2, and a tool's mark, "
+        "Expected <|plugin|> or <|interpreter|> behind each <|action_start|> of message 2, "
         "got str 'x<|action_start|><|browser|>\\n{}<|action_end|>'.",
     ),
     "ftdp: text behind": (
@@ -653,7 +653,7 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
     "msagent: mark open": (
         "msagent",
         react("<|startofthink|>{}"),
-        "Expected <|endofthink|> behind each <|startofthink|> of turn 2, got '<|startofthink|>{}'.",
+        "Expected <|endofthink|> behind each <|startofthink|> of turn 2, got '{}'.",
     ),
     "msagent: request list": (
         "msagent",

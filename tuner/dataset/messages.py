@@ -93,12 +93,10 @@ def match_results(calls: Sequence[Mapping[str, Any]], results: Sequence[Message]
 
 def results_after(messages: Sequence[Message], position: int) -> list[Message]:
     """The tool turns that directly follow the message at `position`."""
-    results = []
-    for message in messages[position + 1 :]:
-        if message["role"] != "tool":
-            break
-        results.append(message)
-    return results
+    end = position + 1
+    while end < len(messages) and messages[end]["role"] == "tool":
+        end += 1
+    return list(messages[position + 1 : end])
 
 
 def split_parallel_calls(messages: Sequence[Message]) -> list[Message]:

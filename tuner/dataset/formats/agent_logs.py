@@ -3,12 +3,13 @@
 import ast
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from tuner.dataset.formats.fields import Row, field, function_call, objects, one_of, parsed, require
 from tuner.dataset.formats.openai_messages import conversation
-from tuner.dataset.messages import Message, RowError
+from tuner.dataset.messages import Message, RowError, shorten
 
 SPEAKERS = {
     "system": "system",
@@ -20,14 +21,13 @@ SPEAKERS = {
     "function": "tool",
     "observation": "tool",
 }
-MULTILINE = re.DOTALL | re.MULTILINE
-STEP = re.compile(r"(.*?)^Action:[ \t]*(.+?)\s*^Action Input:[ \t]*(.*?)\s*(?=^Observation:|\Z)", MULTILINE)
-SEEN = re.compile(r"Observation:[ \t]*(.*?)\s*(?=^(?:Thought|Action|Final Answer):|\Z)", MULTILINE)
-MARKED = re.compile(
-    r"(.*?)<\|startofthink\|>(.*?)<\|endofthink\|>\s*(?:<\|startofexec\|>(.*?)<\|endofexec\|>\s*)?", MULTILINE
-)
-LISTED = re.compile(r"^\s*\d+\.\s*(?:([\w.\-]+):\s*(.*?)\s*Parameters:\s*(\[.*\])|(\{.*\}))\s*$", re.MULTILINE)
-FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL | re.IGNORECASE)
+# No pattern may look twice at the same text, or a long row of blanks would take for ever: blanks are stripped in code.
+BOTH = re.DOTALL | re.MULTILINE
+STEP = re.compile(r"(.*?)^Action:([^\n]+)\n+Action Input:(.*?)(?=^Observation:|\Z)", BOTH)
+SEEN = re.compile(r"Observation:(.*?)(?=^(?:Thought|Action|Final Answer):|\Z)", BOTH)
+LISTED = re.compile(r"^[ \t]*\d+\.[ \t]*(?:([\w.\-]+):(.*?)Parameters:(.*)|(\{.*))$", re.MULTILINE)
+RAN = re.compile(r"\s*(<\|startofexec\|>)")
+THINK, THOUGHT, EXECUTE, EXECUTED = "<|startofthink|>", "<|endofthink|>", "<|startofexec|>", "<|endofexec|>"
 INSTRUCTIONS = "Use the following format:"  # what follows explains ReAct, whose place InternLM2's own grammar takes
 
 
@@ -64,7 +64,9 @@ def _turns(row: Row) -> list[Row]:
     if not isinstance(written, str):
         return objects(row, "conversations", "turn")
     try:
-        turns = ast.literal_eval(written)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes in it, which are the writer's
+            turns = ast.literal_eval(written)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         turns = parsed(written, "'conversations', being text,")
     return objects({"conversations": turns}, "conversations", "turn")
@@ -75,10 +77,10 @@ def _read_apis(system: str) -> tuple[str, list[dict[str, Any]]]:
     tools: list[dict[str, Any]] = []
     for name, description, parameters, plugin in LISTED.findall(system):
         if plugin:
-            tools += _plugin(parsed(plugin, "an API of the system turn"))
+            tools += _plugin(parsed(plugin.strip(), "an API of the system turn"))
         else:
-            listed = parsed(parameters, f"the parameters of API {name!r}")
-            tools.append(_schema(name, description, listed))
+            listed = parsed(parameters.strip(), f"the parameters of API {name!r}")
+            tools.append(_schema(name, description.strip(), listed))
     if not tools:
         return system, []
     said = LISTED.sub("", system).partition(INSTRUCTIONS)[0]
@@ -110,7 +112,7 @@ def _schema(name: str, description: str, parameters: Any) -> dict[str, Any]:
 
 def _read_steps(text: str, where: str) -> Iterator[Message]:
     """An assistant's text as messages: calls with what was thought, the results it quotes, the answer."""
-    if "<|startofthink|>" in text:
+    if THINK in text:
         yield from _read_marked(text, where)
         return
     at = 0
@@ -119,7 +121,7 @@ def _read_steps(text: str, where: str) -> Iterator[Message]:
         yield _call(_bare(thought), name.strip(), _arguments(written, where), where)
         at = step.end()
         if seen := SEEN.match(text, at):
-            yield {"role": "tool", "content": seen[1]}
+            yield {"role": "tool", "content": seen[1].strip()}
             at = seen.end()
     rest = text[at:].strip()
     thought, marked, answer = rest.partition("Final Answer:")
@@ -133,9 +135,17 @@ def _bare(thought: str) -> str:
     return thought.strip().removeprefix("Thought:").strip()
 
 
+def _unfenced(words: str) -> str:
+    """What a block of JSON holds; words that are in no block as they are."""
+    words = words.strip()
+    if len(words) < 6 or not (words.startswith("```") and words.endswith("```")):
+        return words
+    inside = words[3:-3]
+    return (inside[4:] if inside[:4].lower() == "json" else inside).strip()
+
+
 def _arguments(written: str, where: str) -> Any:
-    unfenced = FENCE.fullmatch(written)
-    words = unfenced[1] if unfenced else written.strip()
+    words = _unfenced(written)
     return parsed(words, f"the Action Input in {where}") if words else {}
 
 
@@ -150,20 +160,28 @@ def _call(content: str, name: str, arguments: Any, where: str) -> Message:
 def _read_marked(text: str, where: str) -> Iterator[Message]:
     """MSAgent-Bench's first form: a JSON request between marks, what it gave between other marks, then the answer."""
     at = 0
-    while step := MARKED.match(text, at):
-        said, written, result = step.groups()
+    while (begin := text.find(THINK, at)) >= 0:
+        said = text[at:begin].strip()
+        written, at = _between(text, begin, THINK, THOUGHT, where)
         request = _arguments(written, where)
         require(isinstance(request, dict), f"the request in {where} to be an object", request)
-        yield _call(said.strip(), field(request, "api_name", str, where), request.get("parameters"), where)
-        at = step.end()
-        if result is not None:
-            unfenced = FENCE.fullmatch(result)
-            yield {"role": "tool", "content": unfenced[1] if unfenced else result.strip()}
-    rest = text[at:].strip()
-    if "<|startofthink|>" in rest:
-        raise RowError(f"Expected <|endofthink|> behind each <|startofthink|> of {where}, got {rest[:80]!r}.")
-    if rest:
+        yield _call(said, field(request, "api_name", str, where), request.get("parameters"), where)
+        if ran := RAN.match(text, at):
+            result, at = _between(text, ran.start(1), EXECUTE, EXECUTED, where)
+            yield {"role": "tool", "content": _unfenced(result)}
+    if rest := text[at:].strip():
         yield {"role": "assistant", "content": rest}
+
+
+def _between(text: str, begin: int, opening: str, closing: str, where: str) -> tuple[str, int]:
+    """What stands between two marks, the first of which begins at `begin`, and where the second one ends."""
+    start = begin + len(opening)
+    end = text.find(closing, start)
+    if end < 0:
+        raise RowError(
+            f"Expected {closing} behind each {opening} of {where}, got {shorten(text[start : start + 100])}."
+        )
+    return text[start:end], end + len(closing)
 
 
 def agent_flan(row: Row) -> dict[str, Any]:

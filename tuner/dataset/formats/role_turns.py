@@ -20,6 +20,7 @@ ROLES = {
     "environment": "result",
 }
 LOG_ROLES = {**ROLES, "tool": "result", "execution": "result", "execute": "result"}
+ACTION_START, ACTION_END = "<|action_start|>", "<|action_end|>"
 ACTION = re.compile(r"<\|action_start\|><\|(plugin|interpreter)\|>(.*?)<\|action_end\|>\n?", re.DOTALL)
 FENCED = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
 LAST_FENCE = re.compile(r"(.*?)```(?:python|py)[ \t]*\n((?:(?!```).)*?)\n?```\s*", re.DOTALL)
@@ -136,12 +137,14 @@ def _call(kind: str | None, content: Any, where: str) -> dict[str, Any]:
 
 def _read_actions(message: Message, content: str, where: str) -> None:
     """What an assistant wrote with InternLM2's marks, as text and calls."""
-    thought = ACTION.split(content)[0]
-    calls = [_call(kind, written, where) for kind, written in ACTION.findall(content)]
-    left = ACTION.sub("", content)[len(thought) :]
-    unclosed = "<|action_start|>" in thought + left
-    require(not unclosed, f"<|action_end|> behind each <|action_start|> of {where}, and a tool's mark", content[-80:])
-    require(left.strip() == "", f"no text behind <|action_end|> in {where}", left)
+    closed = content.rfind(ACTION_START) <= content.rfind(ACTION_END)
+    require(closed, f"{ACTION_END} behind each {ACTION_START} of {where}", content[-80:])
+    thought, *rest = ACTION.split(content)  # kind, words and what follows them, for each action
+    calls = [_call(kind, written, where) for kind, written in zip(rest[::3], rest[1::3])]
+    left = "".join(rest[2::3])
+    known = ACTION_START not in thought + left
+    require(known, f"<|plugin|> or <|interpreter|> behind each {ACTION_START} of {where}", content[-80:])
+    require(left.strip() == "", f"no text behind {ACTION_END} in {where}", left)
     message["content"] += thought
     if calls:
         message["tool_calls"] = calls
