@@ -59,6 +59,7 @@ def trained(calls: list[tuple[str, tuple, dict]]) -> tuple[str, dict]:
         ["list-cfg"],
         ["list-formats"],
         ["train", "--help"],
+        ["preview", "--help"],
         ["copy-cfg", PRESET, "."],
         ["completion", "fish"],
         ["--version"],

@@ -61,7 +61,7 @@ def preview(
     assembly = Assembly(config)
     vocabulary = Vocabulary(assembly.build(config.tokenizer))
     dataloader = build_dataloader(config, assembly, wanted)
-    shards_node = config.train_dataloader.dataset.get("shards")
+    shards_node = config.train_dataloader.get("dataset", {}).get("shards")
     excerpts = with_tails(list(choose(dataloader, wanted)), shards_node, assembly)
     epoch_figures = figures.of_epoch(dataloader.dataset)
     if isinstance(sys.stdout, io.TextIOWrapper):
