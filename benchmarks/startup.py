@@ -14,6 +14,7 @@ COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "tuner --help": ["-c", START, "--help"],
     "tuner list-cfg": ["-c", START, "list-cfg"],
+    "tuner list-formats": ["-c", START, "list-formats"],
     "tuner train --help": ["-c", START, "train", "--help"],
     "tuner copy-cfg (unknown)": ["-c", START, "copy-cfg", "no_such_preset", "."],
 }

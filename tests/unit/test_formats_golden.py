@@ -401,6 +401,38 @@ GOLDEN: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         f"<|im_start|>system\nPlugins:{END}{PLUGIN}{PLUGIN_TEXT}{END}{USER}Rain?{END}"
         f"{ASSISTANT}I look.{CALLED}{PLUGIN_RESULT}dry{END}{ASSISTANT}No.{END}",
     ),
+    "msagent: ToolLLaMA's rows, the APIs as a Python list, the end a call": (
+        "msagent",
+        {
+            "conversations": turns(
+                (
+                    "system",
+                    "You use tools. Your output should follow this format:\nThought:\nAction\nAction Input:\n\n"
+                    "Task: rain.\n"
+                    "Specifically, you have access to the following APIs: "
+                    f"{[WEATHER, {'name': 'Finish', 'parameters': {}}]}",
+                ),
+                ("user", "\nRain?\nBegin!\n"),
+                ("assistant", '\nThought: \nAction: get_weather\nAction Input: {\n  "city": "Paris"\n}'),
+                ("function", '{"error": "", "response": "dry"}'),
+                ("assistant", '\nThought: Done.\nAction: Finish\nAction Input: {"final_answer": "No."}'),
+            )
+        },
+        {
+            "messages": [
+                system("You use tools.\nTask: rain."),
+                user("\nRain?\nBegin!\n"),
+                assistant("", call("get_weather", city="Paris")),
+                tool('{"error": "", "response": "dry"}'),
+                assistant("Done.", call("Finish", final_answer="No.")),
+            ],
+            "tools": [WEATHER, {"name": "Finish", "parameters": {}}],
+        },
+        f"<|im_start|>system\nYou use tools.\nTask: rain.{END}{PLUGIN}{WEATHER_TEXT[:-1]}, "
+        f'{{"name": "Finish", "parameters": {{}}}}]{END}{USER}\nRain?\nBegin!\n{END}{ASSISTANT}{CALLED}'
+        f'{PLUGIN_RESULT}{{"error": "", "response": "dry"}}{END}{ASSISTANT}Done.<|action_start|><|plugin|>\n'
+        f'{{"name": "Finish", "parameters": {{"final_answer": "No."}}}}<|action_end|>\n{END}',
+    ),
     "agent_flan: loss of every turn": (
         "agent_flan",
         {

@@ -29,13 +29,15 @@ LISTED = re.compile(r"^[ \t]*\d+\.[ \t]*(?:([\w.\-]+):(.*?)Parameters:(.*)|(\{.*
 RAN = re.compile(r"\s*(<\|startofexec\|>)")
 THINK, THOUGHT, EXECUTE, EXECUTED = "<|startofthink|>", "<|endofthink|>", "<|startofexec|>", "<|endofexec|>"
 INSTRUCTIONS = "Use the following format:"  # what follows explains ReAct, whose place InternLM2's own grammar takes
+API_LIST = "Specifically, you have access to the following APIs:"
+OUTPUT_FORMAT = " Your output should follow this format:\nThought:\nAction\nAction Input:\n"
 
 
 def msagent(row: Row) -> dict[str, Any]:
     """{"conversations": turns or their text}: MSAgent's ReAct steps (Thought, Action, Action Input) or marked calls.
 
-    The APIs that the system turn numbers become `tools`, each step a tool call, what was observed its result. What
-    explains the steps' own notation is left out, for the calls are written in the model's grammar.
+    The APIs that the system turn numbers, or ToolLLaMA's list of them, become `tools`, each step a tool call, what was
+    observed its result. What explains the steps' own notation is left out, for calls are written in the model's grammar.
     """
     turns = _turns(row)
     messages: list[Message] = []
@@ -63,13 +65,18 @@ def _turns(row: Row) -> list[Row]:
     written = row.get("conversations")
     if not isinstance(written, str):
         return objects(row, "conversations", "turn")
+    turns = _literal(written, "'conversations', being text,")
+    return objects({"conversations": turns}, "conversations", "turn")
+
+
+def _literal(words: str, what: str) -> Any:
+    """A value that may be written as Python's repr or as JSON."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of backslashes in it, which are the writer's
-            turns = ast.literal_eval(written)
+            return ast.literal_eval(words)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        turns = parsed(written, "'conversations', being text,")
-    return objects({"conversations": turns}, "conversations", "turn")
+        return parsed(words, what)
 
 
 def _read_apis(system: str) -> tuple[str, list[dict[str, Any]]]:
@@ -82,9 +89,19 @@ def _read_apis(system: str) -> tuple[str, list[dict[str, Any]]]:
             listed = parsed(parameters.strip(), f"the parameters of API {name!r}")
             tools.append(_schema(name, description.strip(), listed))
     if not tools:
-        return system, []
+        return _read_api_list(system)
     said = LISTED.sub("", system).partition(INSTRUCTIONS)[0]
     return said.strip(), tools
+
+
+def _read_api_list(system: str) -> tuple[str, list[dict[str, Any]]]:
+    """The same where the APIs are schemas in one list at the end, as ToolLLaMA's system turns have them."""
+    before, found, listed = system.partition(API_LIST)
+    if not found or not listed.lstrip().startswith("["):
+        return system, []
+    tools = _literal(listed.strip(), "the APIs of the system turn")
+    require(isinstance(tools, list), "the APIs of the system turn to be a list", tools)
+    return before.replace(OUTPUT_FORMAT, "").strip(), tools
 
 
 def _plugin(plugin: Any) -> Iterator[dict[str, Any]]:
