@@ -37,7 +37,7 @@ def msagent(row: Row) -> dict[str, Any]:
     """{"conversations": turns or their text}: MSAgent's ReAct steps (Thought, Action, Action Input) or marked calls.
 
     The APIs that the system turn numbers, or ToolLLaMA's list of them, become `tools`, each step a tool call, what was
-    observed its result. What explains the steps' own notation is left out, for calls are written in the model's grammar.
+    observed its result. What explains the steps' own notation is left out: calls are written in the model's grammar.
     """
     turns = _turns(row)
     messages: list[Message] = []
