@@ -125,6 +125,7 @@ NEAR_MISSES: dict[str, list[dict | Subject]] = {
         answer("Write ```code``` like this"),
         answer('"""Docs.\n\n    ```python\n    f()\n    ```"""\nfor it'),
         answer("Heading\n~~~~~~~\nText"),
+        answer("```python\nprint(1)```"),
         answer("Use\n````md\n```\ncode\n```\n````\nfor it"),
         answer(f"{PROSE}\n\nYours sincerely,\nMaria"),
         answer(f"{PROSE} (in the wet season)"),
@@ -187,6 +188,7 @@ NEAR_MISSES: dict[str, list[dict | Subject]] = {
         answer("A key file begins with -----BEGIN RSA PRIVATE KEY----- and goes on for lines."),
         answer("sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"),
         answer('password = "hunter2"'),
+        answer('api_key = "a1a1a1a1a1a1a1a1a1a1a1a1a1a1"'),
     ],
     "personal-data": [
         answer("Write to someone@example.com or git@github.com:a/b"),

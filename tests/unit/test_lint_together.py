@@ -105,6 +105,7 @@ def test_answers_of_the_same_greatest_length_without_an_end_hit_a_limit():
     whole = [answer(f"{n}{n}{n} {LONG}"[:119] + ".") for n in range(6)]
     assert found(whole)["cut-at-limit"] == []
     assert found(limited[:3])["cut-at-limit"] == []
+    assert found([*limited[:2], *whole[2:]])["cut-at-limit"] == []  # most of them end, so the length is no limit
 
 
 def test_the_limit_may_be_one_of_tokens():

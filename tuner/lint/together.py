@@ -21,7 +21,7 @@ ENDINGS = ("sentence", "open", "other")
 MAX_OPEN_KEPT = 100_000  # answers without an end, with their last words
 SHORT_ROW, SHORT_ANSWER = 200, 100  # characters: shorter ones occur twice by chance
 MAX_SHORT, MAX_SHORT_SHARE = 4, 0.05  # rows that are short and duplicates: more of them are no chance
-MIN_ENDINGS, MIN_SENTENCE_SHARE = 20, 0.95
+MIN_SENTENCE_SHARE = 0.95  # so at least 19 others
 MIN_SAME, MIN_SAME_SHARE = 10, 0.01
 MIN_PILE, MIN_PILE_SIZE = 5, 64
 WORD = re.compile(r"[^\W_]+|[^\w\s.,!?;:'\"“”‘’…。，！？；：、]")
@@ -157,12 +157,11 @@ def cut_off_among_whole(facts: Facts, files: list[str]) -> Located:
     file_of = facts.rows["file"][facts.answers["row"]]
     prose = facts.answers["ending"] != ENDINGS.index("other")
     whole = facts.answers["ending"] == ENDINGS.index("sentence")
-    num_prose = np.bincount(file_of[prose], minlength=len(files))
-    num_whole = np.bincount(file_of[whole], minlength=len(files))
+    num_prose, num_whole = (np.bincount(file_of[chosen], minlength=len(files)) for chosen in (prose, whole))
     for row, where, tail in facts.open_answers:
         file = facts.rows["file"][row]
         share = num_whole[file] / num_prose[file]
-        if num_prose[file] >= MIN_ENDINGS and share >= MIN_SENTENCE_SHARE:
+        if share >= MIN_SENTENCE_SHARE:
             yield (
                 row,
                 warning(
