@@ -32,6 +32,7 @@ class TemplateProcess:
         `soft` are those of them that are the template's in the model's own words, too, if it looks for them there.
         """
         self._setup = {"jinja": jinja, "variables": dict(variables), "marks": [*marks], "soft": [*soft]}
+        self._limits = {"seconds": CPU_SECONDS, "memory": MEMORY}
         self._process: subprocess.Popen[str] | None = None
 
     def lay_out(
@@ -47,6 +48,7 @@ class TemplateProcess:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._process is None:
             self._process = _start()
+            self._send(self._limits)
             self._send(self._setup)
         self._send(request)
         assert self._process.stdout is not None
@@ -70,8 +72,8 @@ class TemplateProcess:
         self._process = None
         if status in (-signal.SIGPROF, -signal.SIGKILL):
             return RowError(
-                f"the tokenizer's chat template was stopped after {CPU_SECONDS} CPU seconds or {MEMORY >> 30} GiB of"
-                " memory; it may run for ever. Use one of tuner's own templates."
+                f"the tokenizer's chat template was stopped after {self._limits['seconds']} CPU seconds; it may run for"
+                " ever. Use one of tuner's own templates."
             )
         return UserError(f"the process that renders the tokenizer's chat template ended with status {status}.")
 
@@ -80,11 +82,11 @@ def _start() -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(path=sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    weakref.finalize(process, _stop, process.pid, process.stdin)
+    weakref.finalize(process, _stop, process.stdin)
     return process
 
 
-def _stop(_pid: int, pipe: Any) -> None:
+def _stop(pipe: Any) -> None:
     """The end of its input ends the process."""
     try:
         pipe.close()
@@ -97,17 +99,17 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asks
     from tuner.dataset.jinja_sandbox import open_finder
 
-    setup = json.loads(sys.stdin.readline())
-    limit = _memory() + MEMORY
+    limits, setup = json.loads(sys.stdin.readline()), json.loads(sys.stdin.readline())
+    limit = _memory() + limits["memory"]
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     finder, problem = None, ""
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF, which is not handled, ends the process
+    signal.setitimer(signal.ITIMER_PROF, limits["seconds"])  # SIGPROF, which is not handled, ends the process
     try:
         finder = open_finder(**setup)
     except RowError as error:
         problem = str(error)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
         try:
             answer = {"error": problem} if finder is None else finder.lay_out(**json.loads(line))._asdict()
         except RowError as error:

@@ -58,7 +58,7 @@ class Finder:
                 "the chat template writes other things when its marks stand in the row's words, so they cannot be told"
                 " apart. Take the marks out of the row."
             )
-        self._check_words(messages, tools, text)
+        self._check_words(messages, tools, marked)
         blocks = self.blocks(messages, tools) if turns else None
         if blocks is not None:
             spans = self._from_blocks(messages, turns, blocks, text)
@@ -136,12 +136,13 @@ class Finder:
             spans.append(Span(place, start, marks[-1], marks[-1] + len(rest)))
         return [span for span in spans if span.message in turns]
 
-    def _check_words(self, messages: Sequence[Message], tools: list[Any] | None, text: str) -> None:
+    def _check_words(self, messages: Sequence[Message], tools: list[Any] | None, marked: Unfenced) -> None:
         """Whatever is not the model's must be in the text; its own turns are looked at where they are trained."""
-        squeezed = squeeze(text)
+        squeezed = squeeze(marked.text)
         for place, message in enumerate(messages):
             content = message.get("content") or ""
-            if message["role"] != "assistant" and not holds(squeezed, content):
+            is_there = not content.strip() or (place in marked.ends and holds(squeezed, content))
+            if message["role"] != "assistant" and not is_there:
                 raise RowError(
                     f"the chat template leaves out or changes the words of message {place} ({message['role']})."
                     " Use another template, or leave such messages out."

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -69,13 +69,21 @@ def _agree(template: ChatTemplate, tokenizer: Any) -> bool:
     if "tools" in own.jinja and isinstance(template.tools, ToolCallGrammar):
         probes = PROBES + TOOL_PROBES
     try:
-        return all(_written(probe, own) == "".join(s.text for s in render(probe, template)) for probe in probes)
+        return all(
+            _written(probe, own, prompt) == _text(probe, template, prompt)
+            for probe in probes
+            for prompt in (False, True)
+        )
     except RowError:
         return False
 
 
-def _written(sample: Sample, template: JinjaTemplate) -> str:
-    return _process(template).lay_out(sample["messages"], sample.get("tools"), (), False).text
+def _written(sample: Sample, template: JinjaTemplate, prompt: bool) -> str:
+    return _process(template).lay_out(sample["messages"], sample.get("tools"), (), prompt).text
+
+
+def _text(sample: Sample, template: ChatTemplate, prompt: bool) -> str:
+    return "".join(segment.text for segment in render(sample, template, add_generation_prompt=prompt))
 
 
 def read_template(tokenizer: Any) -> JinjaTemplate:
@@ -137,12 +145,18 @@ def _unprobed(tokenizer: Any) -> JinjaTemplate:
     )
 
 
-@cache
 def _process(template: JinjaTemplate) -> TemplateProcess:
-    return TemplateProcess(template.jinja, dict(template.variables), template.special_tokens, template.soft_tokens)
+    return _start(template.jinja, template.variables, template.special_tokens, template.soft_tokens)
 
 
-@cache
+@lru_cache(maxsize=2)  # one that is forgotten ends
+def _start(
+    jinja: str, variables: tuple[tuple[str, str], ...], marks: tuple[str, ...], soft: tuple[str, ...]
+) -> TemplateProcess:
+    return TemplateProcess(jinja, dict(variables), marks, soft)
+
+
+@lru_cache(maxsize=2)
 def _marks(template: JinjaTemplate) -> re.Pattern[str]:
     longest_first = sorted(template.special_tokens, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
