@@ -184,7 +184,7 @@ def test_rows_in_one_line_of_an_array_are_told_apart_or_said_not_to_be(folder: P
     room = len(tokens("<s><|im_start|>user\nba ba ba ba<|im_end|>\n<|im_start|>assistant\nne ne").input_ids)
     assert run(words(settings, data_path=file, pack=False, max_length=room)) == 0
     text = capsys.readouterr().out
-    assert text.count("whether its end was cut is not known: 2 different rows of this line begin like the document") == 2
+    assert text.count("was cut is not known: 2 different rows of this line begin like the document") == 2
     assert text.count("tokens were cut off") == 1
 
 
