@@ -322,6 +322,8 @@ def test_a_directory_a_missing_and_a_forbidden_file_are_refused(tmp_path, monkey
         expand(str(tmp_path / "trian.jsonl"))
     with pytest.raises(UserError, match=r"There is no directory .* either"):
         expand(str(tmp_path / "none" / "train.jsonl"))
+    with pytest.raises(UserError, match=r"cannot be looked at: File name too long. Check the path"):
+        expand("x" * 5000)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"may not be read by this user. Change its permissions"):
         expand(str(tmp_path / "train.jsonl"))

@@ -58,7 +58,10 @@ def find_sources(path: DataPath) -> list[Source]:
     if twice:
         raise UserError(f"data_path names these files more than once: {', '.join(twice)}. Name each file once.")
     for file in files:
-        _check(file)
+        try:
+            _check(file)
+        except OSError as error:  # a name too long, a directory that may not be entered
+            raise UserError(f"{str(file)[:200]} cannot be looked at: {error.strerror}. Check the path.") from error
     return sources
 
 

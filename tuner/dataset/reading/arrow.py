@@ -47,9 +47,15 @@ def read_arrow(stream: BinaryIO, path: Path) -> Iterator[Row]:
             else:
                 batches = ipc.open_stream(source)
                 schema = batches.schema
-            yield from _rows(batches, schema, 0, stream, path)
+            yield from _rows(map(_validated, batches), schema, 0, stream, path)
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, "Arrow", error) from error
+
+
+def _validated(batch: Any) -> Any:
+    """A batch as it lies in the file; of a damaged one, pyarrow would read beyond its memory."""
+    batch.validate(full=True)
+    return batch
 
 
 def _damaged(path: Path, kind: str, error: Exception) -> UserError:
