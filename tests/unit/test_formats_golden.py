@@ -595,6 +595,14 @@ def test_a_preference_pair_may_ask_as_alpaca_does():
     assert FORMATS["preference"](row) == expected
 
 
+def test_what_follows_a_prompt_apart_is_the_answer_even_where_both_begin_alike():
+    more = [assistant("which?"), user("both")]
+    row = {"prompt": TALK, "chosen": [*more, assistant("good")], "rejected": [*more, assistant("bad")]}
+    pair = FORMATS["preference"](row)
+    assert pair["chosen"]["messages"] == [*CHOSEN["messages"][:3], *more, assistant("good")]
+    assert pair["rejected"]["messages"] == [*CHOSEN["messages"][:3], *more, assistant("bad")]
+
+
 def test_every_format_has_a_golden_transcript():
     assert {name for name, *_ in GOLDEN.values()} | {"preference", "tokens"} == set(FORMATS)
 
