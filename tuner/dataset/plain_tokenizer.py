@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, models
 
 MERGES = b',"merges":['  # no piece of the vocabulary looks like this: its value would be a number
+STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+PAIRS = re.compile(rb"(?:\[%s,%s\],?){1,4096}" % (STRING, STRING))  # some merges: all at once take 30 MB to be read
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class PlainTokenizer:
     def from_state(cls, state: bytes) -> "PlainTokenizer":
         """`state` is the library's JSON of a whole tokenizer, as it pickles itself; model and merges come last."""
         give_back()  # what loading the whole tokenizer has freed
-        before, _, after = state.partition(MERGES)  # in two halves: each takes ten times its size to be read
+        before, _, after = state.partition(MERGES)
         source = json.loads(before + b"}}")
         model = source.pop("model")
+        vocab = model.pop("vocab")
         kept = [token for token in source["added_tokens"] if is_vocabulary(token)]
         marks = {token["content"] for token in source["added_tokens"] if not is_vocabulary(token)}
         lost = marks - {model["unk_token"]}  # that one stays for what the vocabulary cannot write; no merge leads to it
-        vocab = {piece: index for piece, index in model.pop("vocab").items() if piece not in lost}
+        for piece in lost:
+            vocab.pop(piece, None)
         vocab |= {token["content"]: token["id"] for token in kept}  # otherwise they would be numbered anew
         return cls(
             frame={**source, "post_processor": None, "truncation": None, "padding": None, "added_tokens": []},
@@ -49,7 +54,7 @@ class PlainTokenizer:
             model={name: value for name, value in model.items() if name != "type" and value is not None},
             pieces=list(vocab),
             ids=np.fromiter(vocab.values(), np.int32, len(vocab)),
-            merges=_read_merges(b"[" + after.removesuffix(b"}}"), list(vocab), marks),
+            merges=_read_merges(after, list(vocab), marks),
         )
 
     def build(self) -> Tokenizer:
@@ -70,12 +75,16 @@ class PlainTokenizer:
 
 def _read_merges(text: bytes, pieces: list[str], marks: set[str]) -> NDArray[np.int32]:
     """Pairs of places in `pieces`, without those that have a mark or lead to one."""
-    words = list(chain.from_iterable(json.loads(text)))
-    leads = map(marks.__contains__, map(add, words[::2], words[1::2]))
-    barred = np.fromiter(leads, np.bool_, len(words) // 2)
     places = dict(zip(pieces, range(len(pieces)))) | dict.fromkeys(marks, -1)
-    merges = np.fromiter(map(places.__getitem__, words), np.int32, len(words)).reshape(-1, 2)
-    return merges[~barred & (merges >= 0).all(1)]
+    found, num_read = [np.empty((0, 2), np.int32)], 0
+    for match in PAIRS.finditer(text):
+        words = list(chain.from_iterable(json.loads(b"[" + match[0].rstrip(b",") + b"]")))
+        leads = np.fromiter(map(marks.__contains__, map(add, words[::2], words[1::2])), np.bool_)
+        merges = np.fromiter(map(places.__getitem__, words), np.int32).reshape(-1, 2)
+        found.append(merges[~leads & (merges >= 0).all(1)])
+        num_read += len(match[0])
+    assert num_read == len(text.removesuffix(b"]}}")), "merges are written in another form than pairs of strings"
+    return np.concatenate(found)
 
 
 def is_vocabulary(token: Mapping[str, Any]) -> bool:
