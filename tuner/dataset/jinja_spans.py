@@ -139,6 +139,13 @@ class Finder:
     def _check_words(self, messages: Sequence[Message], tools: list[Any] | None, marked: Unfenced) -> None:
         """Whatever is not the model's must be in the text; its own turns are looked at where they are trained."""
         squeezed = squeeze(marked.text)
+        for tool in tools or []:
+            body = tool["function"]
+            if not all(holds(squeezed, words) for words in (body["name"], body.get("description") or "")):
+                raise RowError(
+                    f"the chat template leaves out the tool {body['name']!r}. Use a template with tools, or leave"
+                    " such rows out."
+                )
         for place, message in enumerate(messages):
             content = message.get("content") or ""
             is_there = not content.strip() or (place in marked.ends and holds(squeezed, content))
@@ -149,13 +156,6 @@ class Finder:
                 )
             if message["role"] != "tool" and message.get("name") and not holds(squeezed, message["name"]):
                 raise RowError(f"the chat template has no place for the name {message['name']!r} of message {place}.")
-        for tool in tools or []:
-            body = tool["function"]
-            if not all(holds(squeezed, words) for words in (body["name"], body.get("description") or "")):
-                raise RowError(
-                    f"the chat template leaves out the tool {body['name']!r}. Use a template with tools, or leave"
-                    " such rows out."
-                )
 
     def _check_turn(self, message: Message, span: Span, text: str) -> None:
         said = squeeze(text[span.start : span.end])

@@ -26,7 +26,7 @@ precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward co
 # settings: the data
 data_path: str | list[str | dict] = "train.jsonl"  # file, "data/*.jsonl", "hub:NAME"; list; {"path":, "weight":} in it
 data_format = "openai"  # what rows look like: "openai", "auto" (looks into them) or another of `tuner list-formats`
-chat_template = "internlm2"  # how turns become tokens: the one that the model was made with
+chat_template = "internlm2"  # how turns become tokens: the one of the model; "auto", "jinja": its tokenizer's own
 loss_on = "assistant"  # every "assistant" turn; the "last" only; tool "calls" only; or the "thoughts" before a call
 train_newline = False  # whether what stands behind an answer's end mark is trained: "\n", nothing in Llama 3
 parallel_tool_calls = "template"  # several in a turn: "split" over turns, "join", "error", or the template's own way
