@@ -19,6 +19,7 @@ from chat_samples import bytelevel, made_row
 from tuner.dataset import prepare, read, sources
 from tuner.dataset.build import PackedDataset, build_dataloader, build_shards
 from tuner.dataset.chat_template import CHAT_TEMPLATES, render
+from tuner.dataset.fingerprint import callable_digest
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.tokenize import Encoder
 
@@ -29,6 +30,7 @@ import hashlib, os, sys, time
 from types import SimpleNamespace
 from tokenizers import Tokenizer
 from tuner.dataset import prepare, read
+from tuner.dataset.fingerprint import callable_digest
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.packing import pack
 
@@ -241,3 +243,28 @@ def test_two_runs_at_once_share_one_result_and_hashes_do_not_matter(data: Path):
     assert other.num_rows() == NUM_ROWS, "each row was read once, by one of the two"
     assert len(one.names()) == 1
     assert Run(data, "alone", hash_seed=3, num_workers=1).end() == printed
+
+
+HANDLERS = """
+import json
+def first(row):
+    return row["a"]
+def second(row):
+    return WORDS
+WORDS = {"x", "y"}
+TABLE = {"a": [first, (second,)], "b": json.loads, 3: {None: 1.5}}
+def to_sample(row):
+    return TABLE["a"][0](row)
+"""
+
+
+def test_what_a_users_function_finds_in_tables_belongs_to_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Functions are known by name and text there, not by where they happen to lie in memory."""
+    monkeypatch.syspath_prepend(tmp_path)
+    changed = {"same": ("", ""), "inner": ('row["a"]', 'row["b"]'), "deep": ('"y"', '"z"'), "number": ("1.5", "2.5")}
+    digests = []
+    for name, (old, new) in {"base": ("", ""), **changed}.items():
+        (tmp_path / f"handlers_{name}.py").write_text(HANDLERS.replace(old, new) if old else HANDLERS)
+        digests.append(callable_digest(__import__(f"handlers_{name}").to_sample))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
