@@ -31,7 +31,7 @@ from tuner.demo.files import cache_root
 from tuner.errors import UserError
 from tuner.nearest import nearest
 
-SMALL_BYTES = 4 << 20  # tokenised sooner than worker processes have started
+SMALL_BYTES = 4 << 20  # tokenised sooner than a worker process has started: there is one for each so many
 
 
 def build_shards(
@@ -131,7 +131,7 @@ class Preparation:
 
     def _make(self, missing: dict[Path, _Missing]) -> None:
         size = sum(file.stat().st_size for file in missing)
-        num_workers = self.num_workers if size > SMALL_BYTES else 1
+        num_workers = min(self.num_workers, -(-size // max(1, SMALL_BYTES)))
         if num_workers > 1 and not _travels(self.rows):
             num_workers = 1
         bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=_interval())
