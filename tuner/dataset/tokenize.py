@@ -65,7 +65,9 @@ class Encoder:
         self._is_special[list(special_ids.values())] = True
         marks = [mark for mark in template.special_tokens if mark in special_ids]
         self._marks = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")")
-        self._written: dict[str, list[str]] = {}  # the template writes the same few texts again and again
+        self._written: dict[
+            Segment, tuple[tuple[Segment, ...], bool]
+        ] = {}  # the template writes the same few texts again and again
 
     @classmethod
     def from_tokenizer(cls, tokenizer: FastTokenizer, template: ChatTemplate) -> "Encoder":
@@ -137,23 +139,28 @@ class Encoder:
         generation begins: there the ids are those of the prompt and what is generated, not of the text as a whole.
         """
         joined: list[Segment] = []
-        is_open = False
-        for whole, trained, special, weight in segments:
-            for text in self._split(whole) if special else (whole,):
-                is_mark = special and text in self._special_ids
-                if is_open and not is_mark and joined[-1].trained == trained and joined[-1].weight == weight:
-                    joined[-1] = Segment(joined[-1].text + text, trained, False, weight)
-                else:
-                    joined.append(Segment(text, trained, is_mark, weight))
-                is_open = not is_mark
-            is_open = is_open and not (special and whole.endswith(self._template.prompt))
+        is_open = False  # whether a text would go on from the one before it
+        for segment in segments:
+            pieces, stays_open = self._pieces(segment) if segment.special else ((segment,), True)
+            if is_open and pieces and _go_together(joined[-1], pieces[0]):
+                joined[-1] = pieces[0]._replace(text=joined[-1].text + pieces[0].text)
+                pieces = pieces[1:]
+            joined += pieces
+            is_open = stays_open
         return joined
 
-    def _split(self, text: str) -> list[str]:
-        """A text of the template, cut at its marks."""
-        if text not in self._written:
-            self._written[text] = [piece for piece in self._marks.split(text) if piece]
-        return self._written[text]
+    def _pieces(self, segment: Segment) -> tuple[tuple[Segment, ...], bool]:
+        """A text of the template, cut at its marks, and whether what follows it may go on from its last piece."""
+        if segment not in self._written:
+            texts = [text for text in self._marks.split(segment.text) if text]
+            pieces = [segment._replace(text=text, special=text in self._special_ids) for text in texts]
+            stays_open = bool(pieces) and not pieces[-1].special and not segment.text.endswith(self._template.prompt)
+            self._written[segment] = tuple(pieces), stays_open
+        return self._written[segment]
+
+
+def _go_together(before: Segment, now: Segment) -> bool:
+    return not now.special and before.trained == now.trained and before.weight == now.weight
 
 
 def special_tokens(tokenizer: FastTokenizer) -> dict[str, bool]:
