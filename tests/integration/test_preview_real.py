@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from preview_runs import Page, words
 
-from tests.unit.preview_runs import Page, words
 from tuner.cli import run
 from tuner.model.tokenizer import build_tokenizer
 from tuner.preview.characters import Vocabulary, groups, visible

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preview_runs import PRESET, Page, conversation, rows, words, write_run
 
-from tests.unit.preview_runs import PRESET, Page, conversation, rows, words, write_run
 from tuner.check import DATA_PARTS, check
 from tuner.cli import run
 from tuner.config import loads, render

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from preview_runs import words, write_run
 
-from tests.unit.preview_runs import words, write_run
 from tuner.cli import run
 from tuner.preview.histograms import MOST_BINS, bar, bin_edges, of_sources, of_values, png, round_width
 

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from preview_runs import NASTY, Page, conversation, words, write_run
 
-from tests.unit.preview_runs import NASTY, Page, conversation, words, write_run
 from tuner.cli import run
 from tuner.model.tokenizer import build_tokenizer
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preview_runs import HIDDEN, words, write_run
+from small_tokenizer import write_directory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.small_tokenizer import write_directory
-from tests.unit.preview_runs import HIDDEN, words, write_run
 from tuner.cli import run
 from tuner.model.tokenizer import build_tokenizer
 from tuner.preview.characters import Vocabulary, groups, visible

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.small_tokenizer import write_directory
+from small_tokenizer import write_directory
 
 PRESET = "internlm2_tiny-sft_full"
 NASTY = """</span><script>alert(1)</script> & "><img src=x onerror='alert(2)'> <|im_end|> ]]> &lt;"""
