@@ -68,7 +68,11 @@ FILES = {
     "bzip2 by another name": ("a.csv", bz2.compress(GOOD), "is compressed with bzip2. Add .bz2"),
     "xz by another name": ("a.json", lzma.compress(GOOD), "is compressed with xz. Add .xz"),
     "zstd by another name": ("a.jsonl", zstd(GOOD), "is compressed with zstd. Add .zst"),
-    "compressed twice": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD, mtime=0), mtime=0), "is compressed with gzip"),
+    "compressed twice": (
+        "a.jsonl.gz",
+        gzip.compress(gzip.compress(GOOD, mtime=0), mtime=0),
+        "is compressed with gzip",
+    ),
     "parquet by another name": ("a.csv", parquet(TABLE), "is a Parquet file. Name it .parquet"),
     "arrow by another name": ("a.jsonl", arrow_file(TABLE), "is an Arrow file. Name it .arrow"),
     "a zip archive": ("a.json", b"PK\x03\x04" + bytes(100), "is a zip archive or an Excel sheet. Unpack it"),
@@ -80,7 +84,11 @@ FILES = {
     "a web page": ("a.jsonl", b"\n<!DOCTYPE html>\n<html>404</html>", "is a web page, so the download failed"),
     "a web page without doctype": ("a.json", b"\xef\xbb\xbf<HTML><body>", "is a web page"),
     # compression
-    "gzip cut off": ("a.jsonl.gz", gzip.compress(MANY, mtime=0)[:-30], "is not a whole gzip file .*Copy or compress it again"),
+    "gzip cut off": (
+        "a.jsonl.gz",
+        gzip.compress(MANY, mtime=0)[:-30],
+        "is not a whole gzip file .*Copy or compress it again",
+    ),
     "gzip cut off in its check": ("a.jsonl.gz", gzip.compress(MANY, mtime=0)[:-4], "is not a whole gzip file"),
     "gzip corrupt": ("a.jsonl.gz", damaged(gzip.compress(MANY, mtime=0)), "is not a whole gzip file"),
     "gzip with text behind it": ("a.jsonl.gz", gzip.compress(GOOD, mtime=0) + GOOD, "is not a whole gzip file"),
