@@ -19,6 +19,7 @@ from tuner.errors import UserError
 
 TOO_LONG = ("truncate", "split", "drop")
 ON_BAD_ROW = ("raise", "skip")
+UNCUT = (1 << 31) - 1  # a max_length that no row reaches
 
 
 class Block(NamedTuple):

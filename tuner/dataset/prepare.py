@@ -1,9 +1,6 @@
 """Data files -> shards, each made once and opened at once ever after; the ledger is printed."""
 
 import json
-import pickle
-import sys
-import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,7 @@ from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
 from tuner.dataset.sources import DataPath, content_digest, find_sources, read_record, record_path, write_record
 from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.dataset.tokenize import Encoder
-from tuner.dataset.workers import Workers, num_cores
+from tuner.dataset.workers import Workers, num_cores, progress_interval, travels
 from tuner.demo.files import cache_root
 from tuner.errors import UserError
 from tuner.nearest import nearest
@@ -132,9 +129,9 @@ class Preparation:
     def _make(self, missing: dict[Path, _Missing]) -> None:
         size = sum(file.stat().st_size for file in missing)
         num_workers = min(self.num_workers, -(-size // max(1, SMALL_BYTES)))
-        if num_workers > 1 and not _travels(self.rows):
+        if num_workers > 1 and not travels(self.rows, "Tokenising"):
             num_workers = 1
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=_interval())
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=progress_interval())
         with bar, Workers(self.rows, num_workers=num_workers) as workers:
             for file, shard in missing.items():
                 write = partial(_write, file=file, shard=shard, workers=workers, bar=bar)
@@ -160,11 +157,6 @@ def _write(directory: Path, *, file: Path, shard: _Missing, workers: Workers[Chu
         writer.abandon()
 
 
-def _interval() -> float:
-    """Seconds between two states of the progress bar: few of them in a log file."""
-    return 0.5 if sys.stderr.isatty() else 15.0
-
-
 def _bad_row_error(file: Path, chunk: EncodedChunk) -> UserError:
     bad = chunk.bad_rows[0]
     return UserError(
@@ -178,20 +170,6 @@ def _report_bad_rows(file: Path, directory: Path) -> None:
     if skipped:
         print(f"{file}: {skipped:,} bad rows skipped; they are in {directory / 'bad_rows.jsonl'}")
         print(f"  and why, line by line, in {directory / 'bad_rows.reasons.jsonl'}")
-
-
-def _travels(rows: RowEncoder) -> bool:
-    """Whether a user's function can be sent to other processes."""
-    try:
-        pickle.dumps(rows)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        warnings.warn(
-            f"Tokenising on one core, since the data_format function cannot be sent to others ({error}). "
-            "Define it at the top level of a module.",
-            stacklevel=2,
-        )
-        return False
-    return True
 
 
 def _check_settings(

@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -19,6 +22,25 @@ WINDOW = 4  # items per worker that may be under way or wait for their turn
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def travels(function: Callable[..., object], doing: str) -> bool:
+    """Whether `function` can be sent to other processes; where a user's part of it cannot, a warning names `doing`."""
+    try:
+        pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        warnings.warn(
+            f"{doing} on one core, since the data_format function cannot be sent to others ({error}). "
+            "Define it at the top level of a module.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def progress_interval() -> float:
+    """Seconds between two states of a progress bar: few of them in a log file."""
+    return 0.5 if sys.stderr.isatty() else 15.0
 
 
 class Workers(Generic[Item, Result]):

@@ -1,8 +1,5 @@
 """`tuner lint`: from data files, or a config that names them, to a report and an exit code."""
 
-import pickle
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +8,7 @@ from typing import Any, NamedTuple, TextIO
 from tqdm import tqdm
 
 from tuner.config import PRESETS, loads, render
-from tuner.dataset.documents import RowEncoder
+from tuner.dataset.documents import UNCUT, RowEncoder
 from tuner.dataset.format_choice import Format, choose_format, find_format
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.formats.detection import AUTO
@@ -21,13 +18,12 @@ from tuner.dataset.read import Chunk, read_chunks
 from tuner.dataset.rendering import Rendering
 from tuner.dataset.sources import expand
 from tuner.dataset.tokenize import Encoder
-from tuner.dataset.workers import Workers, num_cores
+from tuner.dataset.workers import Workers, num_cores, progress_interval, travels
 from tuner.errors import UserError
 from tuner.lint.findings import Finding, Report
 from tuner.lint.rows import Linted, RowLinter
 from tuner.lint.together import TOGETHER, Facts, join
 
-UNCUT = (1 << 31) - 1  # a max_length that no row reaches
 SMALL_BYTES = 16 << 20  # checked sooner than worker processes have started
 EXIT_CLEAN, EXIT_FOUND = 0, 2
 
@@ -143,9 +139,9 @@ def check_files(files: Sequence[Path], linter: RowLinter, report: Report) -> int
     """Put what every check finds into the report; returns the number of rows."""
     names = [str(file) for file in files]
     size = sum(file.stat().st_size for file in files)
-    num_workers = num_cores() if size > SMALL_BYTES and travels(linter) else 1
+    num_workers = num_cores() if size > SMALL_BYTES and travels(linter, "Checking") else 1
     facts: list[Facts] = []
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc="checking", mininterval=0.5 if sys.stderr.isatty() else 15.0)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="checking", mininterval=progress_interval())
     with bar, Workers(linter, num_workers=num_workers) as workers:
         for number, file in enumerate(files):
             position = 0
@@ -175,18 +171,6 @@ def add_all(linted: Linted, file: str, report: Report) -> None:
     """Put the findings of a chunk into the report."""
     for line, check, problem in linted.found:
         report.add(Finding(file, line, check, *problem))
-
-
-def travels(linter: RowLinter) -> bool:
-    """Whether the checks can be sent to other processes: a config may hold a function that cannot."""
-    try:
-        pickle.dumps(linter)
-    except (pickle.PicklingError, AttributeError, TypeError) as problem:
-        warnings.warn(
-            f"Checking on one core: the data_format function cannot be sent to others ({problem}).", stacklevel=2
-        )
-        return False
-    return True
 
 
 def open_new(path: Path) -> TextIO:

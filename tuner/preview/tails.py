@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tuner.dataset.build import build_shards
+from tuner.dataset.documents import UNCUT
 from tuner.dataset.read import Row, read_chunks
 from tuner.dataset.shards import Shards
 from tuner.engine.assemble import Assembly, plain
 from tuner.errors import UserError
 from tuner.preview.samples import DocumentView, Excerpt, Tail
 
-UNCUT = (1 << 31) - 1  # a max_length that no row reaches
 MOST_ROWS_OF_A_LINE = 1_000  # a JSON array may stand in a single line; then a line does not tell its rows apart
 
 
