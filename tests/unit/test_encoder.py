@@ -18,6 +18,7 @@ from tuner.dataset.chat_template import CHAT_TEMPLATES, Segment, render
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.plain_tokenizer import PlainTokenizer
 from tuner.dataset.tokenize import Encoder
+from tuner.dataset.words import WholeEncoder
 from tuner.errors import UserError
 
 FAMILIES = ("qwen2.5", "llama3", "internlm2", "chatml")
@@ -134,7 +135,8 @@ def test_text_that_the_vocabulary_cannot_write_is_unknown_and_no_error():
 
 def test_a_special_id_from_plain_text_is_an_assertion():
     ours = encoder("chatml")
-    ours.__dict__["_plain"] = bytelevel("chatml").backend_tokenizer  # the original, which reads marks
+    whole = WholeEncoder(bytelevel("chatml").backend_tokenizer)  # the original, which reads marks
+    ours.__dict__["_encode_plain"] = whole
     with pytest.raises(AssertionError, match="special"):
         ours.encode([[Segment("<|im_end|>", True, False)]])
 
@@ -217,7 +219,7 @@ def test_the_plain_tokenizer_is_built_only_when_something_is_encoded():
     """A warm start asks for the fingerprint alone; parsing a vocabulary of 92,544 takes over a second."""
     ours = encoder("chatml")
     assert ours.fingerprint
-    assert "_plain" not in vars(ours)
+    assert "_encode_plain" not in vars(ours)
     assert isinstance(ours._source, bytes), "nor is its vocabulary read"
 
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tuner.dataset.chat_template import Segment
 from tuner.dataset.plain_tokenizer import PlainTokenizer, is_vocabulary
 from tuner.dataset.templates import ChatTemplate
+from tuner.dataset.words import ID, TextEncoder, text_encoder
 from tuner.errors import UserError
 
 CODE_VERSION = 2  # raise it when the same rows, tokenizer and template give other tokens than before
@@ -59,6 +60,7 @@ class Encoder:
         self._source = source
         self._template = template
         self._special_ids = special_ids
+        self._special_bytes = {text: np.array([number], ID).tobytes() for text, number in special_ids.items()}
         self.fingerprint = fingerprint
         """sha256 over everything that the tokens of a row depend on"""
         self._is_special = np.zeros(max(special_ids.values(), default=0) + 2, dtype=bool)
@@ -100,24 +102,23 @@ class Encoder:
         return self._source
 
     @cached_property
-    def _plain(self) -> Tokenizer:
-        return self._tables().build()
+    def _encode_plain(self) -> TextEncoder:
+        return text_encoder(self._tables())
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that can come out."""
-        return max(len(self._is_special) - 1, 1 + max(self._plain.get_vocab().values()))
+        return max(len(self._is_special) - 1, 1 + int(self._tables().ids.max()))
 
     def encode(self, samples: Sequence[Sequence[Segment]]) -> list[Document]:
         """Each sample's segments, one after the other, to one document; the samples' plain texts go in one batch."""
         samples = [self._joined(sample) for sample in samples]
         segments = list(chain.from_iterable(samples))
         texts = list(dict.fromkeys(segment.text for segment in segments if not segment.special))
-        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        plain = {text: encoding.ids for text, encoding in zip(texts, encodings)}
-        parts = [[self._special_ids[part.text]] if part.special else plain[part.text] for part in segments]
-        lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
-        ids = np.fromiter(chain.from_iterable(parts), dtype=np.uint32, count=lengths.sum())
+        plain = dict(zip(texts, self._encode_plain(texts)))
+        parts = [self._special_bytes[part.text] if part.special else plain[part.text] for part in segments]
+        lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)) // ID.itemsize
+        ids = np.frombuffer(b"".join(parts), ID)
         trained = np.repeat(np.array([segment.trained for segment in segments], dtype=bool), lengths)
         special = np.repeat(np.array([segment.special for segment in segments], dtype=bool), lengths)
         # ids behind the end of the table are ordinary: they are clipped to its last entry, which is False
