@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from chat_samples import bytelevel, made_row
 
-from tuner.dataset.chat_template import CHAT_TEMPLATES
 from tuner.dataset.documents import EncodedChunk, RowEncoder
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.ledger import Ledger
 from tuner.dataset.read import Row, read_chunks
-from tuner.dataset.tokenize import Encoder
+from tuner.dataset.rendering import Rendering
+from tuner.dataset.sample_encoder import SampleEncoder
 from tuner.errors import UserError
 
 NUM_QUICK, NUM_SLOW = 25, 600  # damages to each kind of file
@@ -102,9 +102,8 @@ def damage(rng: random.Random, content: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def encode() -> RowEncoder:
-    template = CHAT_TEMPLATES["internlm2"]
-    encoder = Encoder.from_tokenizer(bytelevel("internlm2"), template)
-    return RowEncoder(FORMATS["openai"], template, encoder, 500, "split", "skip")
+    samples = SampleEncoder.from_tokenizer(bytelevel("internlm2"), Rendering("internlm2"))
+    return RowEncoder(FORMATS["openai"], samples, 500, "split", "skip")
 
 
 def encoded(path: Path, encode: RowEncoder) -> list[EncodedChunk] | str:

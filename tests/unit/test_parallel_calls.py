@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
+from chat_samples import bytelevel
 
 from tuner.dataset.chat_template import CHAT_TEMPLATES, render
-from tuner.dataset.format_choice import choose_format
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS, RowError
+from tuner.dataset.rendering import Rendering
+from tuner.dataset.sample_encoder import SampleEncoder
 
 
 def call(label: str, number: int) -> dict[str, Any]:
@@ -73,8 +75,9 @@ def test_single_calls_are_the_same_under_every_choice(choice: str):
 
 
 def test_the_choice_reaches_the_rows_and_leaves_plain_text_alone():
-    row = {"messages": TALK, "tools": [{"name": "f"}]}
-    _, to_sample = choose_format("openai", [], "join")
-    assert text(to_sample(row)["messages"]) == JOINED
-    _, to_text = choose_format("text", [], "join")
-    assert to_text({"text": "x"}) == {"text": "x"}
+    template = CHAT_TEMPLATES["internlm2"]
+    rendering = Rendering("internlm2", parallel_tool_calls="join")
+    samples = SampleEncoder.from_tokenizer(bytelevel("internlm2"), rendering)
+    segments = samples.segments({"messages": TALK, "tools": [{"name": "f"}]})
+    assert "".join(segment.text for segment in segments) == JOINED
+    assert samples.segments({"text": "x"}) == render({"text": "x"}, template)

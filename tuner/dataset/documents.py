@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.dataset.chat_template import ChatTemplate, Segment, render
-from tuner.dataset.given_ids import given_document
+from tuner.dataset.chat_template import Segment
 from tuner.dataset.ledger import Count, Ledger
 from tuner.dataset.loss_weights import NO_SPANS, Spans, spans_of, surplus
 from tuner.dataset.read import Chunk, Row
 from tuner.dataset.reading.strict_json import parse_row
-from tuner.dataset.tokenize import Document, Encoder
+from tuner.dataset.sample_encoder import SampleEncoder
+from tuner.dataset.tokenize import Document
 from tuner.errors import UserError
 
 TOO_LONG = ("truncate", "split", "drop")
@@ -63,13 +62,10 @@ class RowEncoder:
     """Turns chunks of rows into documents. The same chunk gives the same bytes in any process."""
 
     to_sample: Callable[[dict[str, Any]], dict[str, Any]]
-    template: ChatTemplate
-    encoder: Encoder
+    samples: SampleEncoder
     max_length: int
     too_long: str
     on_bad_row: str
-    loss_on: str = "assistant"
-    train_newline: bool = False
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         """Under on_bad_row="raise" the work stops at the first bad row, which the caller must raise."""
@@ -91,24 +87,10 @@ class RowEncoder:
     def _segments(self, row: Row) -> list[Segment] | Document:
         if row.fault:
             raise UserError(row.fault)
-        content = parse_row(row.content)
-        try:
-            sample = self.to_sample(content)
-        except UserError:
-            raise
-        except Exception as error:  # the user's own function may raise anything, and the row must be named
-            raise UserError(f"the data_format function raised {type(error).__name__}: {error}") from error
-        if isinstance(sample, dict) and "ids" in sample:
-            return given_document(sample, self._num_ids)
-        return render(sample, self.template, loss_on=self.loss_on, train_newline=self.train_newline)
-
-    @cached_property
-    def _num_ids(self) -> int:
-        return self.encoder.vocab_size
+        return self.samples.segments(convert(parse_row(row.content), self.to_sample))
 
     def _encode(self, samples: list[list[Segment] | Document], lines: NDArray[np.int64]) -> tuple[Block, Ledger]:
-        encoded = iter(self.encoder.encode([sample for sample in samples if not isinstance(sample, Document)]))
-        documents = [sample if isinstance(sample, Document) else next(encoded) for sample in samples]
+        documents = self.samples.encode(samples)
         ids = np.concatenate([np.empty(0, np.uint32), *(document.ids for document in documents)])
         trained = np.concatenate([np.empty(0, np.bool_), *(document.trained for document in documents)])
         lengths = np.array([len(document.ids) for document in documents], np.int64)
@@ -122,6 +104,16 @@ class RowEncoder:
         spans = NO_SPANS if weights is None else spans_of(weights, _labels(trained, sizes))
         ledger += Ledger(weight_surplus=float(surplus(spans).sum()))
         return Block(ids, trained, sizes, cuts.num_loss_tokens, lines[cuts.owners], spans), ledger
+
+
+def convert(content: dict[str, Any], to_sample: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """The sample of a row's content. Raises UserError, whatever a function of the user's own raises."""
+    try:
+        return to_sample(content)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the data_format function raised {type(error).__name__}: {error}") from error
 
 
 def _weights(documents: Sequence[Document]) -> NDArray[np.float32] | None:

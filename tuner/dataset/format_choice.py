@@ -13,7 +13,6 @@ from tuner.dataset.formats.detection import AUTO, NUM_ROWS, Detected, detect
 from tuner.dataset.formats.known import UNTRAINED
 from tuner.dataset.formats.openai_messages import conversation
 from tuner.dataset.formats.xtuner_turns import xtuner
-from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.read import Row, read_chunks
 from tuner.dataset.reading.strict_json import parse_row
 from tuner.errors import UserError
@@ -50,21 +49,6 @@ class OwnFormat:
         return sample
 
 
-@dataclass(frozen=True)
-class CallsArranged:
-    """A format whose samples have their parallel tool calls split, joined or refused."""
-
-    to_sample: Format
-    parallel_tool_calls: str  # a key of PARALLEL_TOOL_CALLS
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Raises RowError for a turn of several calls where they are refused."""
-        sample = self.to_sample(row)
-        if "messages" not in sample:
-            return sample
-        return {**sample, "messages": PARALLEL_TOOL_CALLS[self.parallel_tool_calls](sample["messages"])}
-
-
 def mistake_in(data_format: object) -> str | None:
     """What is wrong with a `data_format` that can be told without looking into the data; None where nothing is."""
     known = (AUTO, *FORMATS)
@@ -84,10 +68,8 @@ def mistake_in(data_format: object) -> str | None:
     return None if data_format in known else allowed + did_you_mean(data_format, known)
 
 
-def choose_format(
-    data_format: str | Format, files: list[Path], parallel_tool_calls: str = "template"
-) -> tuple[str, Format]:
-    """What identifies the format in a shard's key, and the function row -> sample itself, its calls arranged.
+def choose_format(data_format: str | Format, files: list[Path]) -> tuple[str, Format]:
+    """What identifies the format in a shard's key, and the function row -> sample itself.
 
     Raises UserError for an unknown name, rows that show no format, and a format that no method trains on.
     """
@@ -95,11 +77,9 @@ def choose_format(
     if (mistake := mistake_in(name)) is not None:
         raise UserError(f"data_format={name!r}: {mistake}")
     if isinstance(name, str) and name in FORMATS:
-        to_sample: Format = FORMATS[name]
-    else:
-        function = load_function(name) if isinstance(name, str) else name
-        name, to_sample = callable_digest(function), OwnFormat(function)
-    return name, to_sample if parallel_tool_calls == "template" else CallsArranged(to_sample, parallel_tool_calls)
+        return name, FORMATS[name]
+    function = load_function(name) if isinstance(name, str) else name
+    return callable_digest(function), OwnFormat(function)
 
 
 def load_function(path: str) -> Format:

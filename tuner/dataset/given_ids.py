@@ -1,15 +1,13 @@
 """Ids that a sample brings along, as the document they are."""
 
-from typing import Any
-
 import numpy as np
 
 from tuner.dataset.formats.fields import require
-from tuner.dataset.messages import RowError
+from tuner.dataset.messages import RowError, Sample
 from tuner.dataset.tokenize import Document
 
 
-def given_document(sample: dict[str, Any], num_ids: int) -> Document:
+def given_document(sample: Sample, num_ids: int) -> Document:
     """The document of a sample that is tokenised. Raises RowError for ids that the tokenizer (of `num_ids`) lacks."""
     ids = np.array(sample["ids"], np.int64)
     trained = np.array(sample.get("trained", [True] * len(ids)), np.bool_)

@@ -12,17 +12,16 @@ from tuner.dataset.cache import build_once, writing
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG, EncodedChunk, RowEncoder
 from tuner.dataset.fingerprint import changes, code_digest, digest
 from tuner.dataset.format_choice import Format, choose_format, mistake_in
-from tuner.dataset.jinja_template import resolve_template
 from tuner.dataset.ledger import Ledger
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.mixture import Share
 from tuner.dataset.read import Chunk, file_kind, read_chunks
 from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
 from tuner.dataset.rendering import LOSS_ON, Rendering
+from tuner.dataset.sample_encoder import SampleEncoder
 from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
 from tuner.dataset.sources import DataPath, content_digest, find_sources, read_record, record_path, write_record
 from tuner.dataset.templates import TEMPLATE_NAMES
-from tuner.dataset.tokenize import Encoder
 from tuner.dataset.workers import Workers, num_cores, progress_interval, travels
 from tuner.demo.files import cache_root
 from tuner.errors import UserError
@@ -53,11 +52,9 @@ def build_shards(
     _check_settings(data_format, rendering, max_length, too_long, on_bad_row)
     sources = find_sources(path)
     files = [file for source in sources for file in source.files]
-    template = resolve_template(rendering.chat_template, tokenizer)
-    encoder = Encoder.from_tokenizer(tokenizer, template)
-    name, to_sample = choose_format(data_format, files, rendering.parallel_tool_calls)
-    choices = (rendering.loss_on, rendering.train_newline)
-    rows = RowEncoder(to_sample, template, encoder, max_length, too_long, on_bad_row, *choices)
+    samples = SampleEncoder.from_tokenizer(tokenizer, rendering)
+    name, to_sample = choose_format(data_format, files)
+    rows = RowEncoder(to_sample, samples, max_length, too_long, on_bad_row)
     ingredients = {"data_format": name, **asdict(rendering)}
     directory = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "shards"
     shards = Preparation(rows, ingredients, directory, num_workers=num_cores()).run(files)
@@ -112,7 +109,7 @@ class Preparation:
             "file content": content_digest(file, record),
             "file ending": file_kind(file),
             **self.settings,
-            "tokenizer": self.rows.encoder.fingerprint,
+            "tokenizer": self.rows.samples.encoder.fingerprint,
             "max_length": self.rows.max_length,
             "too_long": self.rows.too_long,
             "on_bad_row": self.rows.on_bad_row,

@@ -8,16 +8,14 @@ from typing import Any, NamedTuple, TextIO
 from tqdm import tqdm
 
 from tuner.config import PRESETS, loads, render
-from tuner.dataset.documents import UNCUT, RowEncoder
 from tuner.dataset.format_choice import Format, choose_format, find_format
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.formats.detection import AUTO
 from tuner.dataset.formats.known import UNTRAINED
-from tuner.dataset.jinja_template import resolve_template
 from tuner.dataset.read import Chunk, read_chunks
 from tuner.dataset.rendering import Rendering
+from tuner.dataset.sample_encoder import SampleEncoder
 from tuner.dataset.sources import expand
-from tuner.dataset.tokenize import Encoder
 from tuner.dataset.workers import Workers, num_cores, progress_interval, travels
 from tuner.errors import UserError
 from tuner.lint.findings import Finding, Report
@@ -119,20 +117,14 @@ def as_target(
 
 
 def row_linter(target: Target, files: list[Path]) -> RowLinter:
-    """The checks for a target, with an encoder that never cuts where there is a tokenizer."""
+    """The checks for a target, with an encoder where there is a tokenizer."""
     name = find_format(files) if target.data_format == AUTO else target.data_format
     if isinstance(name, str) and name in UNTRAINED:  # there is nothing to encode, but much to check
         return RowLinter(FORMATS[name])
     _, to_sample = choose_format(name, files)
     if target.tokenizer is None or target.rendering is None:
         return RowLinter(to_sample)
-    rendering = target.rendering
-    template = resolve_template(rendering.chat_template, target.tokenizer)
-    encoder = Encoder.from_tokenizer(target.tokenizer, template)
-    _, arranged = choose_format(name, files, rendering.parallel_tool_calls)
-    choices = (rendering.loss_on, rendering.train_newline)
-    rows = RowEncoder(arranged, template, encoder, UNCUT, "truncate", "skip", *choices)
-    return RowLinter(to_sample, rows, target.max_length)
+    return RowLinter(to_sample, SampleEncoder.from_tokenizer(target.tokenizer, target.rendering), target.max_length)
 
 
 def check_files(files: Sequence[Path], linter: RowLinter, report: Report) -> int:

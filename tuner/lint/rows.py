@@ -4,14 +4,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from tuner.dataset.documents import EncodedChunk, RowEncoder, parse_row
+from tuner.dataset.chat_template import Segment
+from tuner.dataset.documents import convert
 from tuner.dataset.read import Chunk, Row
+from tuner.dataset.reading.strict_json import parse_row
+from tuner.dataset.sample_encoder import SampleEncoder
+from tuner.dataset.tokenize import Document
 from tuner.errors import UserError
 from tuner.lint import answers, secrets, texts, tool_calls
 from tuner.lint.findings import Problem, error, redact
-from tuner.lint.subject import Size, Subject, from_refused, from_sample, size_of
+from tuner.lint.subject import Subject, from_refused, from_sample, size_of
 from tuner.lint.together import Facts, facts_of
 
 Check = Callable[[Subject], Iterable[Problem]]
@@ -45,7 +47,6 @@ CHECKS: dict[str, Check] = {
 }
 
 
-UNTRAINED = Size(0, 0, 0, (), None)  # of a row that is dropped because nothing of it is trained
 FINDERS = (secrets.find_keys, secrets.find_personal)
 
 
@@ -65,47 +66,53 @@ class Linted(NamedTuple):
     position: int
 
 
+class Converted(NamedTuple):
+    """How far a row went towards tokens: what was made of it last, and why it went no further."""
+
+    content: Any  # the sample; of a refused row what it was when it was refused
+    segments: list[Segment] | Document
+    refusal: str
+
+
 @dataclass(frozen=True)
 class RowLinter:
-    """Checks chunks of rows. `encoder` is None where there is no tokenizer; it must take documents of any length."""
+    """Checks chunks of rows. `encoder` is None where there is no tokenizer."""
 
     to_sample: Callable[[dict[str, Any]], dict[str, Any]]
-    encoder: RowEncoder | None = None
+    encoder: SampleEncoder | None = None
     max_length: int | None = None
 
     def __call__(self, chunk: Chunk) -> Linted:
         """Every check on every row."""
-        sizes, refusals = self._encoded(chunk)
-        subjects = [
-            self._subject(row, sizes.get(place), refusals.get(place, "")) for place, row in enumerate(chunk.rows)
-        ]
+        rows = [self._convert(row) for row in chunk.rows]
+        documents: list[Document | None] = [None] * len(rows)
+        if self.encoder is not None:
+            documents = [*self.encoder.encode([row.segments for row in rows])]
+        subjects = [self._subject(*parts) for parts in zip(chunk.rows, rows, documents)]
         lines = [row.line for row in chunk.rows]
         found = [located for line, subject in zip(lines, subjects) for located in findings_in(subject, line)]
         return Linted(found, facts_of(subjects, lines), chunk.position)
 
-    def _subject(self, row: Row, size: Size | None, refusal: str) -> Subject:
-        raw = row.content.decode(errors="replace")
+    def _convert(self, row: Row) -> Converted:
         content: Any = None
-        if row.fault:
-            return from_refused(content, raw, row.fault)
+        segments: list[Segment] | Document = []
         try:
+            if row.fault:
+                raise UserError(row.fault)
             content = parse_row(row.content)
-            sample = self.to_sample(content)
+            content = convert(content, self.to_sample)
+            if self.encoder is not None:
+                segments = self.encoder.segments(content)
         except UserError as problem:
-            return from_refused(content, raw, str(problem))
-        except Exception as problem:  # a user's function may raise anything
-            return from_refused(content, raw, f"the data_format function raised {type(problem).__name__}: {problem}")
-        return from_refused(sample, raw, refusal) if refusal else from_sample(sample, raw, size)
+            return Converted(content, [], str(problem))
+        return Converted(content, segments, "")
 
-    def _encoded(self, chunk: Chunk) -> tuple[dict[int, Size], dict[int, str]]:
-        """Of the rows by their place in the chunk: sizes, and why the template refuses those that it refuses."""
-        if self.encoder is None:
-            return {}, {}
-        numbered = [row._replace(line=place) for place, row in enumerate(chunk.rows)]  # rows may share a line
-        encoded = self.encoder(Chunk(numbered, chunk.position))
-        refusals = {bad.row.line: bad.reason for bad in encoded.bad_rows}
-        untrained = dict.fromkeys(set(range(len(numbered))) - set(refusals), UNTRAINED)
-        return untrained | sizes_of(encoded, self.max_length), refusals
+    def _subject(self, row: Row, converted: Converted, document: Document | None) -> Subject:
+        raw = row.content.decode(errors="replace")
+        if converted.refusal:
+            return from_refused(converted.content, raw, converted.refusal)
+        size = None if document is None else size_of(document.trained.tolist(), self.max_length)
+        return from_sample(converted.content, raw, size)
 
 
 def findings_in(subject: Subject, line: int) -> list[Located]:
@@ -121,11 +128,3 @@ def findings_in(subject: Subject, line: int) -> list[Located]:
         else located
         for located in found
     ]
-
-
-def sizes_of(encoded: EncodedChunk, max_length: int | None) -> dict[int, Size]:
-    """The size of each document, by its row's place in the chunk."""
-    block = encoded.block
-    edges = np.concatenate([[0], np.cumsum(block.lengths)])
-    spans = zip(block.lines.tolist(), edges[:-1].tolist(), edges[1:].tolist())
-    return {place: size_of(block.trained[start:end].astype(bool).tolist(), max_length) for place, start, end in spans}
