@@ -52,9 +52,8 @@ class CutEncoder:
         self._border = np.frombuffer(border, ID)[0]
         self._known: dict[str, bytes] = {}
         joined = _neighbours(tables)
-        numbers = {
-            character: number for number, character in enumerate(sorted({c for pair in joined for c in pair}), 1)
-        }
+        characters = sorted({character for pair in joined for character in pair})
+        numbers = dict(zip(characters, range(1, len(characters) + 1)))
         self._num_classes = len(numbers) + 1
         self._classes = np.zeros(NUM_CODE_POINTS, np.uint32)  # of each character; 0 for those that no merge joins
         self._classes[list(map(ord, characters))] = range(1, self._num_classes)
