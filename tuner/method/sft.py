@@ -11,6 +11,8 @@ from tuner.constants import IGNORE_INDEX
 from tuner.errors import UserError
 from tuner.method.loss import divisor, linear_cross_entropy
 from tuner.model.attention import check_edges
+from tuner.model.attention_cut import cut_attention
+from tuner.parallel.mesh import Mesh
 
 PROBE_LENGTHS = (3, 4)  # documents of the check that SFT runs once
 
@@ -41,6 +43,16 @@ class SFT(torch.nn.Module):
                 "holds the logits of all trained tokens of a pack: lower max_length if memory is short.",
                 stacklevel=2,
             )
+        self.num_parts = 1  # ranks over which a sequence is cut
+
+    def cut_sequences(self, mesh: Mesh) -> None:
+        """From now on `forward` takes the part of a batch that `tuner.parallel.sequence.cut` gives this rank.
+
+        Its loss is then this part's share of the whole: losses, and gradients, are summed over the ranks. Call it
+        once, before training; what a new method tries out about the model takes whole sequences.
+        """
+        cut_attention(self.llm, mesh)
+        self.num_parts = mesh.degrees.size
 
     def forward(
         self,
@@ -60,12 +72,12 @@ class SFT(torch.nn.Module):
             input_ids: (1, T) int64, documents end to end.
             labels: (1, T) int64, the next token inside each document, `IGNORE_INDEX` where there is no loss.
             position_ids: (1, T) int64, from 0 in each document.
-            cu_seqlens: (documents + 1,) int32, edges of the documents.
+            cu_seqlens: (documents + 1,) int32, edges of the documents, of the whole pack also where it is cut.
             max_seqlen: tokens of the longest document.
             num_loss_tokens: trained tokens of the whole optimizer step; with weights, the sum of theirs.
             loss_weights: (1, T) float, what each label weighs; None where all weigh 1.
         """
-        check_edges(cu_seqlens, max_seqlen, input_ids.shape[1])
+        check_edges(cu_seqlens, max_seqlen, input_ids.shape[1] * self.num_parts)
         batch = {
             "input_ids": input_ids,
             "position_ids": position_ids,

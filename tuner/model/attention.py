@@ -19,6 +19,7 @@ from tuner.model.attention_cuda import (
     varlen_attention,
 )
 from tuner.model.attention_sdpa import Pack, sdpa_attention
+from tuner.parallel.ulysses import Attention
 
 
 class Backend(NamedTuple):
@@ -76,10 +77,16 @@ def packed_attention(
         )
     if cu_seqlens.device.type == "cpu":
         check_edges(cu_seqlens, max_seqlen, num_tokens)
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # rotary embeddings leave q and k in fp32, v is in the lower precision
-        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     return BACKENDS[backend].attend(Pack(query, key, value, cu_seqlens, max_seqlen, scale, window))
+
+
+def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What goes into an attention: rotary embeddings leave q and k in fp32 where v is in the lower precision."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def check_edges(cu_seqlens: torch.Tensor, max_seqlen: int, num_tokens: int) -> None:
@@ -153,8 +160,12 @@ def document_mask(
     )
 
 
-def attention_of(backend: str) -> Callable[..., tuple[torch.Tensor, None]]:
-    """The function registered with transformers for one backend."""
+def attention_of(backend: str, attention: Attention = packed_attention) -> Callable[..., tuple[torch.Tensor, None]]:
+    """The function registered with transformers for one backend.
+
+    `attention` takes the forwards that bring `cu_seqlens`: `packed_attention`, or what wraps it for sequences that are
+    cut over ranks. A forward without them, of a chat say, has its whole sequence here.
+    """
 
     def attend(
         module: torch.nn.Module,
@@ -167,6 +178,12 @@ def attention_of(backend: str) -> Callable[..., tuple[torch.Tensor, None]]:
         """(1, H, T, D) -> (1, T, H, D): packed where documents are known, else exactly transformers' "sdpa"."""
         cu_seqlens, max_seqlen = kwargs.pop("cu_seqlens", None), kwargs.pop("max_seqlen", None)
         documents = attention_mask if isinstance(attention_mask, Documents) else None
+        is_cut = cu_seqlens is not None
+        if not is_cut and module.training and attention is not packed_attention:
+            raise UserError(
+                "Sequences are cut over ranks, but this forward in training mode brings no cu_seqlens, so it would "
+                "attend to the part of one rank. Pass cu_seqlens and max_seqlen of the whole pack."
+            )
         if cu_seqlens is None and (documents is None or len(documents.cu_seqlens) == 2):
             refuse_hidden_documents(query, key, attention_mask, kwargs.get("position_ids"))
         if cu_seqlens is None and documents is None:
@@ -176,9 +193,9 @@ def attention_of(backend: str) -> Callable[..., tuple[torch.Tensor, None]]:
             cu_seqlens = documents.cu_seqlens
             max_seqlen = int(cu_seqlens.diff().max())
         scale = kwargs.get("scaling")
-        output = packed_attention(
-            query, key, value, cu_seqlens, max_seqlen, scale=scale, window=window, backend=backend
-        )
+        query, key, value = in_autocast_dtype(query, key, value)  # before they travel
+        attend_pack = attention if is_cut else packed_attention
+        output = attend_pack(query, key, value, cu_seqlens, max_seqlen, scale=scale, window=window, backend=backend)
         return output.transpose(1, 2).contiguous(), None
 
     return attend

@@ -1,5 +1,7 @@
 """InternLM2's rotary angles, a pure function of the positions: no buffer that a cast or a meta device could spoil."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -21,11 +23,14 @@ class InternLM2RotaryEmbedding(nn.Module):
     theta' = theta * (factor * L / max_position_embeddings - (factor - 1)) ** (head_dim / (head_dim - 2)).
     L is the largest position of the batch + 1, as in the published code; of packed documents each has its own L,
     so that packing does not change what a document sees.
+
+    `held_tokens`, set once where sequences are cut over ranks, says of `cu_seqlens` which tokens this rank holds.
     """
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__()
         self.config = config
+        self.held_tokens: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @torch.no_grad()
     def forward(
@@ -62,12 +67,14 @@ class InternLM2RotaryEmbedding(nn.Module):
         return ROPE_INIT_FUNCTIONS["dynamic"](self.config, torch.device("cpu"), seq_len=length)[0]
 
     def _dynamic_per_document(self, cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        if int(cu_seqlens[-1]) != num_tokens:
-            raise UserError(
-                f"Dynamic rope scaling needs whole documents, and this rank holds {num_tokens} of "
-                f"{int(cu_seqlens[-1])} tokens. Set rope_scaling to null, or documents of at most "
-                f"{self.config.max_position_embeddings} tokens, or no sequence parallelism."
-            )
         lengths = cu_seqlens.diff()
+        document = torch.arange(len(lengths)).repeat_interleave(lengths)  # (T,)
+        if self.held_tokens is not None:
+            document = document[self.held_tokens(cu_seqlens)]
+        if len(document) != num_tokens:
+            raise UserError(
+                f"Dynamic rope scaling needs to know each token's document, and this rank holds {num_tokens} tokens "
+                f"where {len(document)} were expected of cu_seqlens up to {int(cu_seqlens[-1])}. Pass both of one pack."
+            )
         frequencies = torch.stack([self._dynamic(length) for length in lengths.tolist()])  # (documents, D / 2)
-        return frequencies.repeat_interleave(lengths, dim=0)
+        return frequencies[document]

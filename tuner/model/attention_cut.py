@@ -1,0 +1,104 @@
+"""A model whose sequences are cut over ranks: its attention is bound to the mesh, once, before training."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from tuner.errors import UserError
+from tuner.model.attention import BACKENDS, attention_of, document_mask, packed_attention
+from tuner.model.internlm2.rotary import InternLM2RotaryEmbedding
+from tuner.parallel.mesh import Mesh, check_heads
+from tuner.parallel.ring import ring
+from tuner.parallel.sequence import held_tokens
+from tuner.parallel.ulysses import ulysses
+
+BLIND = "tuner_blind"  # an attention that sees nothing: whatever then passes between tokens, passes beside it
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings that look at the longest sequence of a batch
+
+
+def cut_attention(llm: PreTrainedModel, mesh: Mesh) -> None:
+    """From now on `llm` takes batches that `tuner.parallel.sequence.cut` has cut for the ranks of `mesh.sequence`.
+
+    Its backend stays, and a forward without `cu_seqlens` in evaluation mode (generation) still takes whole sequences.
+    A later call with another mesh of like degrees rebinds the models of the earlier one too.
+
+    Raises:
+        UserError: the ranks cannot share the heads, or the model does something that knows only whole sequences.
+    """
+    if mesh.degrees.size == 1:
+        return
+    backend = _backend_of(llm)
+    config = llm.config.get_text_config()
+    num_heads = config.num_attention_heads
+    check_heads(num_heads, getattr(config, "num_key_value_heads", None) or num_heads, mesh.degrees.ulysses)
+    _cut_rotary(llm, config, mesh)
+    _check_only_attention_mixes(llm)
+    attention = ulysses(ring(packed_attention, mesh.ring), mesh.ulysses)
+    name = f"{BACKENDS[backend].name}_ulysses{mesh.degrees.ulysses}_ring{mesh.degrees.ring}"
+    AttentionInterface.register(name, attention_of(backend, attention))
+    AttentionMaskInterface.register(name, document_mask)
+    llm.set_attn_implementation(name)
+
+
+def _backend_of(llm: PreTrainedModel) -> str:
+    """The backend that a model was built with."""
+    current = llm.config._attn_implementation
+    for backend, (name, _, _) in BACKENDS.items():
+        if current == name or current.startswith(f"{name}_ulysses"):
+            return backend
+    raise UserError(
+        f"attention={current!r} cannot attend to sequences that are cut over ranks. "
+        f"Set attention = 'auto', or one of {', '.join(BACKENDS)}."
+    )
+
+
+def _cut_rotary(llm: PreTrainedModel, config: PreTrainedConfig, mesh: Mesh) -> None:
+    """InternLM2's learns which tokens are here; those of transformers that look at a batch's length are refused."""
+    rotary = [module for module in llm.modules() if isinstance(module, InternLM2RotaryEmbedding)]
+    for module in rotary:
+        module.held_tokens = partial(held_tokens, degrees=mesh.degrees, rank=mesh.sequence.rank)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [entry.get("rope_type") for entry in (parameters, *parameters.values()) if isinstance(entry, dict)]
+    if not rotary and (found := [kind for kind in LENGTH_DEPENDENT if kind in kinds]):
+        raise UserError(
+            f"The rope type {found[0]!r} of {type(llm).__name__} depends on the longest sequence of a batch, which a "
+            "rank does not see where sequences are cut. Set it to 'linear' or 'yarn', or use one rank per sequence."
+        )
+
+
+@torch.no_grad()
+def _check_only_attention_mixes(llm: PreTrainedModel) -> None:
+    """Raise UserError where tokens see each other beside the attention: there a cut would show."""
+    implementation, was_training = llm.config._attn_implementation, llm.training
+    embedding = llm.get_input_embeddings().weight
+    ids = torch.arange(8, device=embedding.device)[None]
+    sequences = (ids % len(embedding), (ids + 8 * (ids < 4)) % len(embedding))  # alike in the second half
+    llm.set_attn_implementation(BLIND)
+    llm.eval()
+    try:
+        decoder = llm.get_decoder()
+        one, other = (decoder(input_ids=x, use_cache=False).last_hidden_state for x in sequences)
+    finally:
+        llm.set_attn_implementation(implementation)
+        llm.train(was_training)
+    one, other = one[:, 4:].float(), other[:, 4:].float()
+    if (one - other).abs().max() > 1e-3 * one.abs().max():  # experts of other batch sizes round differently
+        raise UserError(
+            f"Layers of {type(llm).__name__} let tokens see each other beside its attention (state-space or "
+            "convolution layers, say), so its sequences cannot be cut over ranks. Use one rank per sequence."
+        )
+
+
+def _blind(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    """(B, H, T, D) -> zeros (B, T, H, D)."""
+    shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    return query.new_zeros(shape), None
+
+
+AttentionInterface.register(BLIND, _blind)
+AttentionMaskInterface.register(BLIND, document_mask)
