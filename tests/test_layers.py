@@ -16,6 +16,7 @@ LAYERS = [  # top first; modules in one tuple are siblings
     ("model", "dataset"),
     ("demo",),
     ("parallel",),
+    ("new_files",),
     ("constants", "errors", "nearest"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -229,20 +229,13 @@ def copy_cfg(preset: str, directory: Path, settings: tuple[tuple[str, str], ...]
     """Write PRESET to DIRECTORY/PRESET.py: one self-contained file to read and edit. Never overwrites."""
     from tuner.config import PRESETS, render
     from tuner.nearest import did_you_mean_or_all
+    from tuner.new_files import write_new
 
     if preset not in PRESETS:
         raise UserError(f"Unknown preset {preset}.{did_you_mean_or_all(preset, PRESETS)}")
     source = render(preset, gather(settings))
     path = directory / f"{preset}.py"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(source)
-    except FileExistsError as error:
-        what = path if path.exists() else directory
-        raise UserError(f"{what} exists already; nothing was written. Choose another directory.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    write_new(path, source)
     click.echo(path)
 
 

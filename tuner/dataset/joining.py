@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tuner.dataset.read import read_chunks
 from tuner.dataset.reading.strict_json import parse_row
 from tuner.errors import UserError
+from tuner.new_files import check_new
 
 
 class Joined(NamedTuple):
@@ -24,8 +25,7 @@ def join_files(first: Path, second: Path, out: Path) -> Joined:
     Rows without a partner are left out and counted. Raises UserError for a row without an id, an id given twice, a key
     that both rows have with different values, and where `out` exists.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already; nothing was written. Choose another name.")
+    check_new(out)
     partners: dict[str, dict[str, Any]] = {}
     for where, row in _rows(second):
         if _id(row, where) in partners:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from tuner.errors import UserError
 from tuner.lint.findings import Finding, Report
 from tuner.lint.rows import Linted, RowLinter
 from tuner.lint.together import TOGETHER, Facts, join
+from tuner.new_files import open_new
 
 SMALL_BYTES = 16 << 20  # checked sooner than worker processes have started
 EXIT_CLEAN, EXIT_FOUND = 0, 2
@@ -163,13 +164,3 @@ def add_all(linted: Linted, file: str, report: Report) -> None:
     """Put the findings of a chunk into the report."""
     for line, check, problem in linted.found:
         report.add(Finding(file, line, check, *problem))
-
-
-def open_new(path: Path) -> TextIO:
-    """A file to write that did not exist before."""
-    try:
-        return path.open("x", encoding="utf-8")
-    except FileExistsError as problem:
-        raise UserError(f"{path} exists already; nothing was checked. Choose another name for --json.") from problem
-    except OSError as problem:
-        raise UserError(f"{path} cannot be written: {problem.strerror}.") from problem

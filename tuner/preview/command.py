@@ -11,6 +11,7 @@ from tuner.check import DATA_PARTS, check
 from tuner.config import loads
 from tuner.engine.assemble import Assembly, plain
 from tuner.errors import UserError
+from tuner.new_files import check_new, write_new
 from tuner.preview import histograms as figures
 from tuner.preview.characters import Vocabulary
 from tuner.preview.page import page
@@ -55,7 +56,8 @@ def preview(
     """
     wanted = View(**view)  # type: ignore[arg-type]
     check_numbers(wanted)
-    refuse_overwriting([*([html] if html else []), *(figures.targets(histograms) if histograms else [])])
+    for path in [*([html] if html else []), *(figures.targets(histograms) if histograms else [])]:
+        check_new(path)
     config = loads(source, name)
     check(config, DATA_PARTS)
     assembly = Assembly(config)
@@ -121,24 +123,3 @@ def choose(dataloader: Any, view: View) -> Iterator[Excerpt]:
             shown = len(pack.documents) if left is None else min(left, len(pack.documents))
             left = None if left is None else left - shown
             yield Excerpt(pack, shown)
-
-
-def refuse_overwriting(targets: list[Path]) -> None:
-    """Raise UserError for the first file that cannot be made: it exists, or its directory does not."""
-    for path in targets:
-        if path.exists():
-            raise UserError(f"{path} exists already; nothing was written. Choose another name.")
-        if path.parent.exists() and not path.parent.is_dir():
-            raise UserError(f"{path.parent} is a file, so {path.name} cannot lie in it. Choose another directory.")
-
-
-def write_new(path: Path, text: str) -> None:
-    """Write a file that does not exist; UserError where it cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise UserError(f"{path} exists already; it was left as it is. Choose another name.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error

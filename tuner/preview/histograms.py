@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.dataset.build import PackedDataset
-from tuner.errors import UserError
+from tuner.dataset.build import PackedDataset, StreamedDataset
+from tuner.new_files import write_new
 from tuner.preview.characters import visible
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -40,13 +40,16 @@ class Histogram(NamedTuple):
         return "\n".join([self.title, *lines])
 
 
-def of_epoch(dataset: PackedDataset) -> list[Histogram]:
-    """The three histograms of an epoch, in the order of NAMES; weighted sources may give a document twice, or never."""
-    documents, shards = dataset.packs(0).documents, dataset.shards
+def of_epoch(dataset: PackedDataset | StreamedDataset) -> list[Histogram]:
+    """The three histograms of an epoch, in the order of NAMES; weighted sources may give a document twice, or never.
+
+    Of a stream: those of the windows that were needed so far.
+    """
+    lengths, num_loss_tokens = dataset.sizes
     sources = dataset.contributions
     return [
-        of_values("lengths", "documents by their tokens", shards.lengths[documents]),
-        of_values("trained", "documents by their trained tokens", shards.num_loss_tokens[documents]),
+        of_values("lengths", "documents by their tokens", lengths),
+        of_values("trained", "documents by their trained tokens", num_loss_tokens),
         of_sources([row["source"] for row in sources], [row["drawn_tokens"] for row in sources]),
     ]
 
@@ -112,13 +115,8 @@ def targets(directory: Path) -> list[Path]:
 
 def save(histograms: Sequence[Histogram], directory: Path) -> None:
     """Each histogram as a PNG. Raises UserError where the directory cannot be written to, or holds one already."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for histogram in histograms:
-            with (directory / f"{histogram.name}.png").open("xb") as file:
-                file.write(png(histogram))
-    except OSError as error:
-        raise UserError(f"Histograms cannot be written to {directory}: {error.strerror}.") from error
+    for histogram, path in zip(histograms, targets(directory)):
+        write_new(path, png(histogram))
 
 
 def png(histogram: Histogram) -> bytes:
