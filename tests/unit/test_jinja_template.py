@@ -15,7 +15,7 @@ from tuner.dataset import jinja_process
 from tuner.dataset.chat_template import CHAT_TEMPLATES, Segment, render
 from tuner.dataset.formats import FORMATS, RowError
 from tuner.dataset.jinja_template import read_template, resolve_template
-from tuner.dataset.templates import JinjaTemplate
+from tuner.dataset.templates import JinjaTemplate, mark_pattern
 from tuner.dataset.tokenize import Document, Encoder, special_tokens
 from tuner.errors import UserError
 
@@ -329,3 +329,9 @@ def test_marks_in_calls_tools_and_results_are_letters(texts: dict[str, str]):
         return [index for index in document.ids.tolist() if index in special]
 
     assert marks(texts) == marks({})
+
+
+def test_marks_are_found_whole_and_nothing_is_found_where_there_are_none():
+    assert mark_pattern(("<a", "<ab>", "b")).split("x<ab>y<a<ab>b") == ["x", "<ab>", "y", "<a", "", "<ab>", "", "b", ""]
+    assert mark_pattern(()).split("plain") == ["plain"]
+    assert mark_pattern((".", "|")).findall("a.b|c") == [".", "|"]

@@ -12,6 +12,7 @@ from tuner.dataset.jinja_fences import Fences
 from tuner.dataset.jinja_process import DATE
 from tuner.dataset.jinja_spans import Finder
 from tuner.dataset.messages import Message, RowError
+from tuner.dataset.templates import mark_pattern
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -36,10 +37,9 @@ def open_finder(*, jinja: str, variables: Mapping[str, str], marks: Sequence[str
             return None
         return call(messages, tools, return_assistant_tokens_mask=True)[1][0]
 
-    mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
     sought = looked_for(compiled.environment.parse(jinja))
     thoughts = [token for token in soft if any(token in text for text in sought)]
-    return Finder(render, blocks, Fences(marks, thoughts), mark)
+    return Finder(render, blocks, Fences(marks, thoughts), mark_pattern(tuple(marks)))
 
 
 def looked_for(tree: nodes.Template) -> set[str]:

@@ -1,6 +1,5 @@
 """A tokenizer's own Jinja chat template in the place of ours: "auto" and "jinja" as names, and samples to segments."""
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +18,7 @@ from tuner.dataset.templates import (
     JinjaTemplate,
     ToolCallGrammar,
     find_template,
+    mark_pattern,
 )
 from tuner.dataset.tokenize import special_tokens
 from tuner.errors import UserError
@@ -108,7 +108,7 @@ def read_template(tokenizer: Any) -> JinjaTemplate:
     end = said[said.index("test.") + len("test.") :].strip()
     values = {field: getattr(template, field) for field in template.__dataclass_fields__}
     header = layout.text[: span.start]
-    marks = [match.start() for match in _marks(template).finditer(header)]
+    marks = [match.start() for match in mark_pattern(template.special_tokens).finditer(header)]
     return JinjaTemplate(
         **values
         | {
@@ -154,12 +154,6 @@ def _start(
     jinja: str, variables: tuple[tuple[str, str], ...], marks: tuple[str, ...], soft: tuple[str, ...]
 ) -> TemplateProcess:
     return TemplateProcess(jinja, dict(variables), marks, soft)
-
-
-@lru_cache(maxsize=2)
-def _marks(template: JinjaTemplate) -> re.Pattern[str]:
-    longest_first = sorted(template.special_tokens, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
 def render_own(
@@ -233,6 +227,7 @@ def _segments(
     edges = {0, len(layout.text), *(edge for fence in layout.fences for edge in fence)}
     edges |= {edge for start, end, _ in trained for edge in (start, end)}
     fenced = {start for start, _ in layout.fences}
+    marks = mark_pattern(template.special_tokens)
     cuts = sorted(edges)
     place = 0
     for start, end in pairwise(cuts):
@@ -243,6 +238,6 @@ def _segments(
         if start in fenced:
             yield Segment(layout.text[start:end], is_trained, False, weight)
             continue
-        for number, piece in enumerate(_marks(template).split(layout.text[start:end])):
+        for number, piece in enumerate(marks.split(layout.text[start:end])):
             if piece:
                 yield Segment(piece, is_trained, number % 2 == 1, weight)

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 
 from tuner.dataset.chat_template import Segment
 from tuner.dataset.plain_tokenizer import PlainTokenizer, is_vocabulary
-from tuner.dataset.templates import ChatTemplate
+from tuner.dataset.templates import ChatTemplate, mark_pattern
 from tuner.dataset.words import ID, TextEncoder, text_encoder
 from tuner.errors import UserError
 
@@ -66,7 +65,7 @@ class Encoder:
         self._is_special = np.zeros(max(special_ids.values(), default=0) + 2, dtype=bool)
         self._is_special[list(special_ids.values())] = True
         marks = [mark for mark in template.special_tokens if mark in special_ids]
-        self._marks = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")")
+        self._marks = mark_pattern(tuple(marks))
         self._written: dict[
             Segment, tuple[tuple[Segment, ...], bool]
         ] = {}  # the template writes the same few texts again and again
