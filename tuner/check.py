@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import torch
 
 from tuner.configs.options import NAMED, parameters
-from tuner.dataset.build import build_shards
+from tuner.dataset.build import StreamedDataset, build_dataloader, build_shards, build_stream
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
 from tuner.dataset.format_choice import mistake_in
 from tuner.dataset.hub import PREFIX as HUB_PREFIX
 from tuner.dataset.hub import parse as parse_hub_name
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.rendering import LOSS_ON
+from tuner.dataset.sampler import ENDLESS
 from tuner.dataset.sources import expand, parse_entry
+from tuner.dataset.streaming import refuse_weights
 from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.demo.files import PREFIX
 from tuner.engine.strategy import PRECISIONS
@@ -101,6 +103,8 @@ RULES: dict[str, Rule] = {
     "keep_checkpoints": count(1, or_none=True),
     "sample_interval": count(0),
     "pack": FLAG,
+    "streaming": FLAG,
+    "packs_per_window": count(1),
     "train_newline": FLAG,
     "gradient_checkpointing": FLAG,
 }
@@ -134,6 +138,7 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
         values += [(f"{node.path}.{name}", value) for name, value in node.values.items()]
     problems += wrong_values(values)
     problems += wrong_data_files(nodes)
+    problems += wrong_streams(nodes)
     problems += wrong_models(nodes)
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))
@@ -218,13 +223,27 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
 
 def wrong_data_files(nodes: list[Node]) -> list[str]:
     """Data files that are missing, empty or unreadable; those of the demo and the hub are made when they are opened."""
-    given = [node.values["path"] for node in nodes if node.type is build_shards and "path" in node.values]
-    entries = [entry for path in given for entry in ([path] if isinstance(path, (str, Mapping)) else path)]
+    entries = data_entries(nodes, (build_shards, build_stream))
     found = complaints(parse_entry, entries)
-    names = [] if found else [name for entry in entries for name in parse_entry(entry)[1]]
+    names = [] if found else [name for entry in entries for name in parse_entry(entry).paths]
     found += complaints(parse_hub_name, [name for name in names if name.startswith(HUB_PREFIX)])
     found += complaints(expand, [name for name in names if not name.startswith((PREFIX, HUB_PREFIX))])
     return [f"{problem} data_path names the files to train on." for problem in found]
+
+
+def data_entries(nodes: list[Node], readers: Collection[Any]) -> list[Any]:
+    """All that data_path holds where one of `readers` takes it."""
+    given = [node.values["path"] for node in nodes if node.type in readers and "path" in node.values]
+    return [entry for path in given for entry in ([path] if isinstance(path, (str, Mapping)) else path)]
+
+
+def wrong_streams(nodes: list[Node]) -> list[str]:
+    """What other data can have and a stream cannot: weights, and an end that is known."""
+    loaders = [node.values for node in nodes if node.type is build_dataloader]
+    streamed = [values for values in loaders if values.get("dataset", {}).get("type") is StreamedDataset]
+    problems = [ENDLESS for values in streamed if values.get("max_steps") is None]
+    entries = [entry for entry in data_entries(nodes, (build_stream,)) if not complaints(parse_entry, [entry])]
+    return problems + complaints(refuse_weights, [entries])
 
 
 def wrong_models(nodes: list[Node]) -> list[str]:

@@ -59,6 +59,9 @@ class Documents(Dataset):
             "num_loss_tokens": num_loss_tokens,
         }
 
+    def fingerprint(self, plan: Plan) -> str:
+        return self.shards.fingerprint
+
     def document_ids(self, plan: Plan) -> list[str]:
         return [f"stub.jsonl:{index}" for pack in plan.packs for index in pack]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from tuner.dataset.collate import Batch, collate, num_padding
+from tuner.dataset.collate import Batch, collate_packs, num_padding
 from tuner.dataset.contributions import contributions, contributions_table, share_starts
 from tuner.dataset.ledger import Count, Ledger
 from tuner.dataset.mixture import Mixture
@@ -16,9 +16,10 @@ from tuner.dataset.packing import Packs, pack, pack_each
 from tuner.dataset.prepare import build_shards
 from tuner.dataset.sampler import StepPlan, StepSampler
 from tuner.dataset.shards import Shards
+from tuner.dataset.streaming import StreamedDataset, build_stream
 from tuner.errors import UserError
 
-__all__ = ["PackedDataset", "build_dataloader", "build_shards"]
+__all__ = ["PackedDataset", "StreamedDataset", "build_dataloader", "build_shards", "build_stream"]
 
 NUM_CACHED_EPOCHS = 2  # a prefetching worker may still be in the last one
 
@@ -78,18 +79,21 @@ class PackedDataset:
 
     def __getitem__(self, plan: StepPlan) -> list[Batch]:
         """One batch per micro-batch of the plan."""
-        return [
-            collate(
-                [self.shards.document(index) for index in documents],
-                plan.num_loss_tokens,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-            )
-            for documents in plan.packs
-        ]
+        return collate_packs(plan.packs, self.shards.document, plan.num_loss_tokens, self.pad_to_multiple_of)
 
     def document_ids(self, plan: StepPlan) -> list[str]:
         """The `file:line` of every document of a step, to find what went wrong in it."""
         return [self.shards.source(index) for documents in plan.packs for index in documents]
+
+    def fingerprint(self, plan: StepPlan) -> str:
+        """Hash over all documents that the numbers in a plan may mean."""
+        return self.shards.fingerprint
+
+    @property
+    def sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(documents,) tokens and labels of each document of the first epoch."""
+        documents = self.packs(0).documents
+        return self.shards.lengths[documents], self.shards.num_loss_tokens[documents]
 
     def _packed(self, epoch: int) -> Packs:
         if self._mixture:
@@ -104,7 +108,7 @@ class PackedDataset:
 
 
 def build_dataloader(
-    dataset: PackedDataset,
+    dataset: PackedDataset | StreamedDataset,
     *,
     num_accumulation_steps: int,
     num_epochs: int = 1,

@@ -15,18 +15,21 @@ HASHED_AT_A_TIME = 1 << 20  # bytes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def build_once(directory: Path, write: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> bool:
+def build_once(
+    directory: Path, write: Callable[[Path], None], is_whole: Callable[[Path], bool], *, wait: bool = True
+) -> bool:
     """Unless `directory` is whole, let `write` fill a temporary one and rename that; whether this call did so.
 
-    Among processes that ask at once, one writes and the others wait for it. A process that dies half-way leaves a
-    temporary directory, which nobody opens and the next build removes. Raises UserError when the disk is full.
+    Among processes that ask at once, one writes; the others wait for it, or do nothing if `wait` is False. A process
+    that dies half-way leaves a temporary directory, which nobody opens and the next build removes. Raises UserError
+    when the disk is full.
     """
     parent = directory.parent
-    with writing(parent), _locked(parent / f"{directory.name}.lock"):
-        if is_whole(directory):
+    with writing(parent), _locked(parent / f"{directory.name}.lock", wait=wait) as is_ours:
+        if not is_ours or is_whole(directory):
             return False
         if directory.exists():
-            print(f"{directory} is damaged; it is made again", flush=True)
+            print(f"{directory} is damaged or out of date; it is made again", flush=True)
             shutil.rmtree(directory)
         _remove_leftovers(parent, own=directory.name)
         _write_and_rename(directory, write)

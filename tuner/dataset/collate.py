@@ -1,6 +1,6 @@
 """Documents of a pack to a batch: end to end, labels shifted inside each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -49,6 +49,19 @@ def collate(documents: Sequence[Document], num_loss_tokens: float, *, pad_to_mul
         num_loss_tokens=num_loss_tokens,
         loss_weights=_loss_weights(documents, edges, labels),
     )
+
+
+def collate_packs(
+    packs: Sequence[Sequence[int]],
+    document: Callable[[int], Document],
+    num_loss_tokens: float,
+    pad_to_multiple_of: int,
+) -> list[Batch]:
+    """The micro-batches of a step, whose packs name their documents by number."""
+    return [
+        collate([document(index) for index in pack], num_loss_tokens, pad_to_multiple_of=pad_to_multiple_of)
+        for pack in packs
+    ]
 
 
 def _loss_weights(documents: Sequence[Document], edges: NDArray[np.int64], labels: NDArray[np.int64]) -> Tensor | None:

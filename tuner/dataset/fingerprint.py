@@ -16,6 +16,7 @@ from tuner.errors import UserError
 AFTER_SHARDS = (
     *("__init__", "build", "cache", "collate", "detection", "joining", "listing"),
     *("packing", "prepare", "sampler", "sources", "workers", "mixture", "contributions", "hub", "token_files"),
+    *("windows", "streaming"),
 )
 
 PLAIN = str | int | float | bool | list | tuple | dict | set | frozenset | None

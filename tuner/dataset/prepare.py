@@ -11,7 +11,7 @@ from tqdm import tqdm
 from tuner.dataset.cache import build_once, writing
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG, EncodedChunk, RowEncoder
 from tuner.dataset.fingerprint import changes, code_digest, digest
-from tuner.dataset.format_choice import Format, choose_format, mistake_in
+from tuner.dataset.format_choice import Format, choose_format, files_by_format, mistake_in
 from tuner.dataset.ledger import Ledger
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.mixture import Share
@@ -20,7 +20,15 @@ from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
 from tuner.dataset.rendering import LOSS_ON, Rendering
 from tuner.dataset.sample_encoder import SampleEncoder
 from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
-from tuner.dataset.sources import DataPath, content_digest, find_sources, read_record, record_path, write_record
+from tuner.dataset.sources import (
+    DataPath,
+    Source,
+    content_digest,
+    find_sources,
+    read_record,
+    record_path,
+    write_record,
+)
 from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.dataset.workers import Workers, num_cores, progress_interval, travels
 from tuner.demo.files import cache_root
@@ -43,27 +51,48 @@ def build_shards(
 ) -> Shards:
     """Tokenise data files (see `find_sources`), or open what an earlier run has made of them.
 
-    `data_format` is a key of FORMATS, "auto", module:function or a function row -> sample, `chat_template` one of
-    TEMPLATE_NAMES or a Rendering, which also says what is trained. Documents over `max_length` tokens are cut short,
-    cut into pieces or dropped, as `too_long` says; a bad row stops the work or is written aside, as `on_bad_row` says.
+    `data_format` is a key of FORMATS, "auto", module:function or a function row -> sample, for entries of `path` that
+    have none of their own; `chat_template` is one of TEMPLATE_NAMES or a Rendering, which also says what is trained.
+    Documents over `max_length` tokens are cut short, cut into pieces or dropped, as `too_long` says; a bad row stops
+    the work or is written aside, as `on_bad_row` says.
     `cache_dir` is by default `shards` in $TUNER_CACHE or ~/.cache/tuner. Raises UserError for bad settings or data.
     """
-    rendering = Rendering(chat_template) if isinstance(chat_template, str) else chat_template
-    _check_settings(data_format, rendering, max_length, too_long, on_bad_row)
-    sources = find_sources(path)
+    sources, preparations = choose_preparations(
+        path, data_format, chat_template, tokenizer, max_length, too_long, on_bad_row, cache_dir
+    )
+    directories = {file: made for own, preparation in preparations for file, made in preparation.run(own).items()}
     files = [file for source in sources for file in source.files]
-    samples = SampleEncoder.from_tokenizer(tokenizer, rendering)
-    name, to_sample = choose_format(data_format, files)
-    rows = RowEncoder(to_sample, samples, max_length, too_long, on_bad_row)
-    ingredients = {"data_format": name, **asdict(rendering)}
-    directory = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "shards"
-    shards = Preparation(rows, ingredients, directory, num_workers=num_cores()).run(files)
-    shares = [Share(name, weight, len(own)) for name, weight, own in sources if weight is not None]
-    shards = Shards(shards.directories, files, shares) if shares else shards
+    shares = [Share(source.name, source.weight, len(source.files)) for source in sources if source.weight is not None]
+    shards = Shards([directories[file] for file in files], files, shares)
     print(shards.ledger.table(), flush=True)
     if not len(shards):
         raise UserError(f"No document is left of {', '.join(map(str, files))}: see the token ledger above.")
     return shards
+
+
+def choose_preparations(
+    path: DataPath,
+    data_format: str | Format,
+    chat_template: str | Rendering,
+    tokenizer: Any,
+    max_length: int,
+    too_long: str,
+    on_bad_row: str,
+    cache_dir: str | Path | None,
+) -> tuple[list[Source], list[tuple[list[Path], "Preparation"]]]:
+    """The files, and how those of each format become shards; arguments and errors are those of `build_shards`."""
+    rendering = Rendering(chat_template) if isinstance(chat_template, str) else chat_template
+    _check_settings(data_format, rendering, max_length, too_long, on_bad_row)
+    sources = find_sources(path)
+    samples = SampleEncoder.from_tokenizer(tokenizer, rendering)
+    directory = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "shards"
+    preparations = []
+    for given, files in files_by_format(data_format, sources).items():
+        name, to_sample = choose_format(given, files)
+        rows = RowEncoder(to_sample, samples, max_length, too_long, on_bad_row)
+        settings = {"data_format": name, **asdict(rendering)}
+        preparations.append((files, Preparation(rows, settings, directory, num_workers=num_cores())))
+    return sources, preparations
 
 
 class _Missing(NamedTuple):
@@ -83,8 +112,8 @@ class Preparation:
     cache_dir: Path
     num_workers: int
 
-    def run(self, files: list[Path]) -> Shards:
-        """One shard per file, so that another file or an edited one costs only itself."""
+    def run(self, files: list[Path]) -> dict[Path, Path]:
+        """One shard per file, so that another file or an edited one costs only itself: the directory of each."""
         directories = []
         missing = {}
         for file in files:
@@ -98,7 +127,19 @@ class Preparation:
             self._make(missing)
         for file, directory in zip(files, directories):
             _report_bad_rows(file, directory)
-        return Shards(directories, files)
+        return dict(zip(files, directories))
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What the content of every shard depends on beside `settings` and its rows."""
+        return {
+            "tokenizer": self.rows.samples.encoder.fingerprint,
+            "max_length": self.rows.max_length,
+            "too_long": self.rows.too_long,
+            "on_bad_row": self.rows.on_bad_row,
+            "tuner's code": code_digest(),
+            "shard format": FORMAT_VERSION,
+        }
 
     def _ingredients(self, file: Path) -> dict[str, Any]:
         """All that the content of a file's shard depends on; the file is read for its digest only if it has changed."""
@@ -109,12 +150,7 @@ class Preparation:
             "file content": content_digest(file, record),
             "file ending": file_kind(file),
             **self.settings,
-            "tokenizer": self.rows.samples.encoder.fingerprint,
-            "max_length": self.rows.max_length,
-            "too_long": self.rows.too_long,
-            "on_bad_row": self.rows.on_bad_row,
-            "tuner's code": code_digest(),
-            "shard format": FORMAT_VERSION,
+            **self.fixed,
         }
         if before is not None and before != ingredients:
             print(f"{file}: changed since the last run: {', '.join(changes(before, ingredients))}")
@@ -142,7 +178,7 @@ def _write(directory: Path, *, file: Path, shard: _Missing, workers: Workers[Chu
         for chunk in workers.map(read_chunks(file)):
             if chunk.bad_rows and shard.ingredients["on_bad_row"] == "raise":
                 check_unchanged(file, shard.seen)  # or the row was bad because it was half written
-                raise _bad_row_error(file, chunk)
+                raise bad_row_error(file, chunk)
             writer.append(chunk.block, chunk.bad_rows)
             ledger += chunk.ledger
             bar.set_postfix_str(f"{ledger.read.tokens:,} tokens", refresh=False)
@@ -154,7 +190,8 @@ def _write(directory: Path, *, file: Path, shard: _Missing, workers: Workers[Chu
         writer.abandon()
 
 
-def _bad_row_error(file: Path, chunk: EncodedChunk) -> UserError:
+def bad_row_error(file: Path, chunk: EncodedChunk) -> UserError:
+    """What to say of a chunk with a bad row where that stops the work."""
     bad = chunk.bad_rows[0]
     return UserError(
         f"{file}:{bad.row.line}: bad row: {bad.reason}\n"

@@ -1,6 +1,7 @@
 """Rows out of data files, in chunks of bounded size, each row with its line number."""
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,7 +14,7 @@ from tuner.dataset.reading.stamps import check_unchanged, stamp
 from tuner.dataset.reading.token_pairs import read_token_pairs
 from tuner.errors import UserError
 
-__all__ = ["READERS", "Chunk", "Row", "file_kind", "read_chunks"]
+__all__ = ["BEGIN", "READERS", "Chunk", "Place", "Row", "file_kind", "read_chunks"]
 
 CHUNK_BYTES = 1 << 18  # enough rows to feed the tokenizer in batches, few enough to stay small
 
@@ -28,6 +29,7 @@ READERS: dict[str, Reader] = {
     ".bin": read_token_pairs,
 }
 NOT_COMPRESSED = (".parquet", ".arrow", ".bin")  # read out of order, or together with another file
+BY_LINES = (".jsonl", ".ndjson")  # where not compressed, reading goes on at a byte; in others rows are passed over
 
 
 class Chunk(NamedTuple):
@@ -37,8 +39,23 @@ class Chunk(NamedTuple):
     position: int
 
 
-def read_chunks(path: Path) -> Iterator[Chunk]:
-    """The rows of a file in order.
+class Place(NamedTuple):
+    """How far a file has been read: its bytes as it lies on disk, the line its last row begins on, and its rows."""
+
+    position: int = 0
+    line: int = 0
+    num_rows: int = 0
+
+    def behind(self, chunk: Chunk) -> "Place":
+        """The place behind the chunk that begins here."""
+        return Place(chunk.position, chunk.rows[-1].line, self.num_rows + len(chunk.rows))
+
+
+BEGIN = Place()
+
+
+def read_chunks(path: Path, after: Place = BEGIN) -> Iterator[Chunk]:
+    """The rows of a file in order, from its begin or from the place behind a chunk that was read before.
 
     Raises UserError if it cannot be read as its ending says, holds no row, or changes meanwhile.
     """
@@ -46,7 +63,7 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
     try:
         before = stamp(path)
         try:
-            yield from _read(path, kind)
+            yield from _read(path, kind, after)
         except UserError:
             check_unchanged(path, before)  # what is wrong then is that, whatever it looks like
             raise
@@ -69,13 +86,13 @@ def file_kind(path: Path) -> str:
     return kind
 
 
-def _read(path: Path, kind: str) -> Iterator[Chunk]:
-    empty = True
+def _read(path: Path, kind: str, after: Place) -> Iterator[Chunk]:
+    empty = after == BEGIN
     try:
         with open(path, "rb") as raw, compression.opened(raw, path) as stream:
             if kind not in NOT_COMPRESSED:
                 check_signature(stream.peek(SIGNATURE_BYTES)[: 4 * SIGNATURE_BYTES], path)
-            for chunk in _chunks(READERS[kind](stream, path), raw):
+            for chunk in _chunks(_rows(stream, path, kind, after), raw):
                 empty = False
                 yield chunk
     except DAMAGE as error:
@@ -86,6 +103,16 @@ def _read(path: Path, kind: str) -> Iterator[Chunk]:
         raise
     if empty:
         raise UserError(f"{path} holds no rows. Expected: at least one.")
+
+
+def _rows(stream: BinaryIO, path: Path, kind: str, after: Place) -> Iterable[Row]:
+    """The rows behind a place; the same as those that reading from the begin would give there."""
+    if after == BEGIN:
+        return READERS[kind](stream, path)
+    if kind in BY_LINES and not compression.ending(path):
+        stream.seek(after.position)
+        return (row._replace(line=row.line + after.line) for row in READERS[kind](stream, path))
+    return islice(READERS[kind](stream, path), after.num_rows, None)
 
 
 def _damaged(path: Path, error: Any) -> UserError:

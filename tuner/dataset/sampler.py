@@ -1,13 +1,18 @@
 """Which packs each optimizer step takes, as a function of the step: resuming is asking for a later one."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.dataset.packing import Packs
+from tuner.dataset.packing import IntArray, Packs
 from tuner.errors import UserError
+
+ENDLESS = (
+    "With streaming = True nobody knows how long an epoch is before it has been read, so num_epochs does not end the "
+    "run. Give max_steps, the number of optimizer steps."
+)
 
 
 class StepPlan(NamedTuple):
@@ -39,17 +44,34 @@ class Packed(Protocol):
         """The epoch's packs in order, from the seed and the epoch alone."""
 
 
+class StepPacks(NamedTuple):
+    """What all ranks together take in a step: documents (documents,) of each pack; counts as in StepPlan."""
+
+    epoch: int
+    packs: list[IntArray]
+    num_loss_tokens: float
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A dataset whose packs go on and on, and nobody knows how many an epoch has; `StreamedDataset` is one."""
+
+    def step_packs(self, step: int, packs_per_step: int) -> StepPacks:
+        """The next packs of the row, as many in each step."""
+
+
 class StepSampler:
     """The steps of a training run for one of `num_ranks` data-parallel ranks.
 
     An epoch takes every pack once; its last step may have fewer micro-batches, but as many on each rank. `max_steps`,
-    if given, takes the place of `num_epochs`: the run goes on through as many epochs as that takes.
-    Raises UserError for counts below 1.
+    if given, takes the place of `num_epochs`: the run goes on through as many epochs as that takes. The steps of a
+    streamed dataset all have as many packs, which may be of two epochs.
+    Raises UserError for counts below 1, and for a streamed dataset without `max_steps`.
     """
 
     def __init__(
         self,
-        dataset: Packed,
+        dataset: Packed | Streamed,
         *,
         num_accumulation_steps: int,
         num_epochs: int = 1,
@@ -65,8 +87,13 @@ class StepSampler:
         self._dataset = dataset
         self._packs_per_step = num_accumulation_steps * num_ranks
         self._rank, self._num_ranks = rank, num_ranks
-        self.steps_per_epoch = -(-dataset.num_packs // self._packs_per_step)
-        self._num_steps = max_steps if max_steps is not None else num_epochs * self.steps_per_epoch
+        if isinstance(dataset, Streamed):
+            if max_steps is None:
+                raise UserError(ENDLESS)
+            self._num_steps = max_steps
+        else:
+            self.steps_per_epoch = -(-dataset.num_packs // self._packs_per_step)
+            self._num_steps = max_steps if max_steps is not None else num_epochs * self.steps_per_epoch
         self._start = 0
 
     def __len__(self) -> int:
@@ -84,12 +111,20 @@ class StepSampler:
 
     def plan(self, step: int) -> StepPlan:
         """What this rank does in a step: every `num_ranks`-th pack of the step's, in constant time within an epoch."""
+        if isinstance(self._dataset, Streamed):
+            taken = self._dataset.step_packs(step, self._packs_per_step)
+        else:
+            taken = self._of_epoch(self._dataset, step)
+        num_micro_batches = -(-len(taken.packs) // self._num_ranks)
+        mine = [tuple(pack.tolist()) for pack in taken.packs[self._rank :: self._num_ranks]]
+        mine += [()] * (num_micro_batches - len(mine))
+        return StepPlan(step, taken.epoch, tuple(mine), taken.num_loss_tokens)
+
+    def _of_epoch(self, dataset: Packed, step: int) -> StepPacks:
         epoch, place = divmod(step, self.steps_per_epoch)
-        packs = self._dataset.packs(epoch)
+        packs = dataset.packs(epoch)
         first = place * self._packs_per_step
         last = min(first + self._packs_per_step, len(packs))
-        num_micro_batches = -(-(last - first) // self._num_ranks)
-        mine = [tuple(packs[pack].tolist()) for pack in range(first + self._rank, last, self._num_ranks)]
-        mine += [()] * (num_micro_batches - len(mine))
         documents = packs.documents[packs.edges[first] : packs.edges[last]]
-        return StepPlan(step, epoch, tuple(mine), self._dataset.num_loss_tokens[documents].sum().item())
+        num_loss_tokens = dataset.num_loss_tokens[documents].sum().item()
+        return StepPacks(epoch, [packs[number] for number in range(first, last)], num_loss_tokens)

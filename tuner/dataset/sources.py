@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tuner.dataset import hub
 from tuner.dataset.cache import hash_file
 from tuner.dataset.read import file_kind
-from tuner.dataset.reading.stamps import check_unchanged, stamp
+from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
 from tuner.demo.files import resolve
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean
@@ -95,9 +95,14 @@ def content_digest(path: Path, record: dict[str, Any]) -> str:
     began = time.time()
     digest = hash_file(path)
     check_unchanged(path, before)
-    if began - max(before.mtime_ns, before.ctime_ns) / 1e9 > SETTLED_SECONDS:
+    if is_settled(before, began):
         record.update(stamp=list(before), sha256=digest)
     return digest
+
+
+def is_settled(file: Stamp, began: float) -> bool:
+    """Whether the stamp of a file, read from the time `began` on, tells it from every later state of it."""
+    return began - max(file.mtime_ns, file.ctime_ns) / 1e9 > SETTLED_SECONDS
 
 
 def record_path(cache_dir: Path, path: Path) -> Path:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # settings that decide which tokens are in which step: a resumed run with others would be a third run, neither of two
 DATA_SETTINGS = (
     "data_format", "chat_template", "loss_on", "train_newline", "parallel_tool_calls", "max_length", "too_long",
-    "on_bad_row", "pack", "num_accumulation_steps", "seed",
+    "on_bad_row", "pack", "streaming", "num_accumulation_steps", "seed",
 )  # fmt: skip
 # settings that change nothing which is computed; of the data it is the content that counts, not the path
 FREE_SETTINGS = (
@@ -94,8 +94,8 @@ def next_data(runner: "Runner") -> dict[str, Any]:
     loader = runner.train_loop.dataloader
     if runner.strategy.step >= runner.train_loop.num_steps:
         return {}
-    packs = loader.sampler.plan(runner.strategy.step).packs
-    return {"shards": loader.dataset.shards.fingerprint, "packs": [list(documents) for documents in packs]}
+    plan = loader.sampler.plan(runner.strategy.step)
+    return {"shards": loader.dataset.fingerprint(plan), "packs": [list(documents) for documents in plan.packs]}
 
 
 def write_hf(directory: Path, llm: Any, record: "RunRecord") -> None:

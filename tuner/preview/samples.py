@@ -7,6 +7,7 @@ from tuner.constants import IGNORE_INDEX
 from tuner.dataset.collate import Batch
 from tuner.dataset.sampler import StepPlan
 from tuner.dataset.shards import Shards
+from tuner.dataset.streaming import StreamedShards
 from tuner.errors import UserError
 from tuner.preview.characters import Vocabulary, groups, visible
 
@@ -71,7 +72,9 @@ class Excerpt(NamedTuple):
     shown: int
 
 
-def pack_views(plan: StepPlan, batches: Sequence[Batch], shards: Shards, *, sequence_parallel: int) -> list[PackView]:
+def pack_views(
+    plan: StepPlan, batches: Sequence[Batch], shards: Shards | StreamedShards, *, sequence_parallel: int
+) -> list[PackView]:
     """The micro-batches of a step; `batches` are what the dataset made of the plan."""
     views = []
     for place, (numbers, batch) in enumerate(zip(plan.packs, batches)):

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from tuner.dataset.build import build_shards
+from tuner.dataset.build import build_shards, build_stream
 from tuner.dataset.documents import UNCUT
 from tuner.dataset.read import Row, read_chunks
 from tuner.dataset.shards import Shards
@@ -24,7 +24,8 @@ def with_tails(excerpts: Sequence[Excerpt], node: Any, assembly: Assembly) -> li
 
     `node` is the config of their shards: the rows of the documents go through the same call again, with room for all.
     """
-    if not isinstance(node, Mapping) or node.get("type") is not build_shards or node.get("too_long") != "truncate":
+    known = isinstance(node, Mapping) and node.get("type") in (build_shards, build_stream)
+    if not known or node.get("too_long") != "truncate":
         return list(excerpts)
     shown = [document for pack, number in excerpts for document in pack.documents[:number]]
     full = {document.number: document for document in shown if len(document.ids) >= int(node["max_length"])}
@@ -101,7 +102,8 @@ def _tokenised(rows: Sequence[Row], node: dict[str, Any], assembly: Assembly) ->
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         file = Path(folder) / "rows.jsonl"
         file.write_bytes(b"\n".join(b" ".join(row.content.splitlines()) for row in rows))
-        settings = {"path": str(file), "max_length": UNCUT, "cache_dir": folder, "on_bad_row": "skip"}
+        settings = {"type": build_shards, "path": str(file), "cache_dir": folder}
+        settings |= {"max_length": UNCUT, "on_bad_row": "skip"}
         shards: Shards = assembly.build({**node, **settings})
         lines = [int(shards.source(index).rpartition(":")[2]) for index in range(len(shards))]
         return [(line - 1, shards.document(index).ids.tolist()) for index, line in enumerate(lines)]

@@ -6,7 +6,7 @@ The settings come first; the assembly below uses each of them, so what is derive
 
 from torch.optim import AdamW
 
-from tuner.dataset.build import PackedDataset, build_dataloader, build_shards
+from tuner.dataset.build import PackedDataset, StreamedDataset, build_dataloader, build_shards, build_stream
 from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
@@ -30,6 +30,7 @@ max_length = 32768  # tokens in a pack, and at most in a document
 too_long = "split"  # what happens to a longer document: "truncate", "split" or "drop"; counted in the ledger
 on_bad_row = "raise"  # a row that cannot be read: "raise" stops, "skip" counts it and writes it to a file
 pack = True  # put several documents into one pack, where they cannot see each other
+streaming = False  # True tokenises while training goes on, for sets too large to do so first; needs max_steps
 cache_dir: str | None = None  # where tokenised data is kept; None is $TUNER_CACHE or ~/.cache/tuner
 
 # settings: the optimisation
@@ -55,9 +56,9 @@ sample_prompts = ["请介绍一下你自己。", "What can you help me with?"]  
 tokenizer = dict(type=build_tokenizer, path=model_path)
 
 train_dataset = dict(
-    type=PackedDataset,
+    type=StreamedDataset if streaming else PackedDataset,
     shards=dict(
-        type=build_shards,
+        type=build_stream if streaming else build_shards,
         path=data_path,
         data_format=data_format,
         chat_template=chat_template,
