@@ -129,7 +129,7 @@ def test_dynamic_scaling_follows_the_formula_from_the_first_token_too_many() -> 
 def test_dynamic_scaling_refuses_a_part_of_its_documents() -> None:
     batch = packed(30, 10)
     shard = {name: batch[name][:, :20] for name in ("input_ids", "position_ids")}
-    with pytest.raises(UserError, match=r"20 of 40 tokens.*rope_scaling to null"):
+    with pytest.raises(UserError, match=r"20 of 40 tokens came.*cut_sequences"):
         tiny(rope_scaling=DYNAMIC)(**(batch | shard))
 
 
