@@ -108,15 +108,51 @@ def test_bad_rows_do_not_hide_the_format(tmp_path: Path):
 
 
 def test_auto_refuses_what_is_uncertain_and_names_the_file(tmp_path: Path):
-    first = write(tmp_path / "a.jsonl", PAIR)
-    second = write(tmp_path / "b.jsonl", EXAMPLES["sharegpt"])
     unknown = write(tmp_path / "c.jsonl", {"a": 1})
-    with pytest.raises(UserError) as caught:
-        shards([first, second], "auto")
-    assert f"the files are in different formats: {first} is qa, {second} is sharegpt." in str(caught.value)
     with pytest.raises(UserError) as caught:
         shards(unknown, "auto")
     assert str(caught.value).startswith(f'data_format="auto": {unknown}: row 1 is in no known format: it has the keys ')
+
+
+def mixed_files(folder: Path) -> list[Path]:
+    """Files of three formats, one of them twice and not side by side."""
+    rows = [PAIR, EXAMPLES["sharegpt"], {"question": "c", "answer": "d"}, EXAMPLES["alpaca"]]
+    return [write(folder / f"{number}.jsonl", row) for number, row in enumerate(rows)]
+
+
+def test_auto_finds_the_format_of_each_file_and_says_it(tmp_path: Path, capsys):
+    files = mixed_files(tmp_path)
+    made = shards(files, "auto")
+    said = capsys.readouterr().out
+    names = ["qa", "sharegpt", "qa", "alpaca"]
+    assert texts(made) == [text for file, name in zip(files, names) for text in texts(shards(file, name))]
+    assert [made.source(number) for number in range(4)] == [f"{file}:1" for file in files]
+    assert said.count("data_format = ") == 4
+    pattern = shards(tmp_path / "[0-9].jsonl", "auto")
+    assert pattern.fingerprint == made.fingerprint
+    said = capsys.readouterr().out
+    assert f'{files[0]}: data_format = "qa", for the first row has a question' in said
+    assert "(so is 1 more)" in said
+
+
+def test_an_entry_of_data_path_may_say_its_own_format(tmp_path: Path, own: str):
+    files = mixed_files(tmp_path)
+    other = write(tmp_path / "own.jsonl", {"ask": "a", "say": "b"})
+    path: list[Any] = [
+        {"path": [str(files[0]), str(files[2])], "weight": 2},
+        {"path": str(files[1]), "data_format": "auto", "weight": 1},
+        {"path": str(other), "data_format": f"{own}:to_text", "weight": 1},
+    ]
+    settings = {"chat_template": "internlm2", "max_length": 2000, "tokenizer": bytelevel("internlm2")}
+    made = build_shards(path, data_format="qa", cache_dir=tmp_path / "cache", **settings)
+    assert [share.weight for share in made.shares] == [2, 1, 1]
+    alone = [*texts(shards(files[0], "qa")), *texts(shards(files[2], "qa")), *texts(shards(files[1], "sharegpt"))]
+    assert texts(made) == [*alone, "<s>b</s>"]
+    keys = [json.loads((folder / "meta.json").read_text())["ingredients"]["data_format"] for folder in made.directories]
+    assert keys[:3] == ["qa", "qa", "sharegpt"]
+    assert keys[3] not in FORMATS
+    again = build_shards(path[0]["path"], data_format="qa", cache_dir=tmp_path / "cache", **settings)
+    assert again.directories == made.directories[:2], "the same file in the same format is the same shard"
 
 
 def test_the_lab_s_files_of_bare_lists_are_read(tmp_path: Path):

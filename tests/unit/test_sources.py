@@ -31,14 +31,29 @@ def test_an_entry_may_be_a_pattern_or_several_paths_with_one_weight(files):
     assert [source.weight for source in find_sources([f"{files}/a.jsonl", f"{files}/b.jsonl"])] == [None, None]
 
 
+def test_an_entry_may_have_a_format_of_its_own_with_or_without_a_weight(files):
+    path = [
+        {"path": f"{files}/a.jsonl", "data_format": "alpaca"},
+        {"path": f"{files}/b.jsonl", "data_format": str},
+        f"{files}/c.jsonl",
+    ]
+    assert [source.data_format for source in find_sources(path)] == ["alpaca", str, None]
+    assert [source.weight for source in find_sources(path)] == [None] * 3
+    both = {"path": f"{files}/a.jsonl", "data_format": "alpaca", "weight": 2}
+    assert find_sources(both)[0][:2] == (f"{files}/a.jsonl", 2.0)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ([], "is an empty list"),
-        ([17], r"data_path holds 17. Expected: a path, or dict\(path=..., weight=...\)"),
-        ([{"path": "{a}"}], "has an entry with .'path'.. Expected: 'path' and 'weight'"),
-        ([{"path": "{a}", "wieght": 1}], "Expected: 'path' and 'weight'. Did you mean weight"),
-        ([{"path": "{a}", "weight": 1, "name": "x"}], "Expected: 'path' and 'weight'"),
+        ([17], r"data_path holds 17. Expected: a path, or dict\(path=...\) with weight=..., data_format=... or both"),
+        ([{"path": "{a}"}], r"has an entry with .'path'.. Expected: dict\(path=...\) with weight=..., data_format="),
+        ([{"weight": 1}], r"has an entry with .'weight'.. Expected: dict\(path=...\)"),
+        ([{"path": "{a}", "wieght": 1}], "or both. Did you mean weight"),
+        ([{"path": "{a}", "dataformat": "qa"}], "or both. Did you mean data_format"),
+        ([{"path": "{a}", "weight": None}], "the weight None. Expected: a number above 0"),
+        ([{"path": "{a}", "weight": 1, "name": "x"}], r"Expected: dict\(path=...\)"),
         ([{"path": "{a}", "weight": 0}], "the weight 0. Expected: a number above 0; leave out what weighs nothing"),
         ([{"path": "{a}", "weight": -1}], "the weight -1"),
         ([{"path": "{a}", "weight": "2"}], "the weight '2'"),

@@ -1,7 +1,7 @@
 """What `data_format` names: a format, one found by looking into the files ("auto"), or a function of one's own."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from tuner.dataset.formats.openai_messages import conversation
 from tuner.dataset.formats.xtuner_turns import xtuner
 from tuner.dataset.read import Row, read_chunks
 from tuner.dataset.reading.strict_json import parse_row
+from tuner.dataset.sources import Source
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean
 
@@ -99,23 +100,46 @@ def load_function(path: str) -> Format:
     return function
 
 
-def find_format(files: list[Path]) -> str:
-    """The format that the first rows of all files show, printed with the reason.
+def files_by_format(data_format: str | Format, sources: Sequence[Source]) -> dict[str | Format, list[Path]]:
+    """The files of each format: an entry's own `data_format` if it has one, else this; "auto" looks into each file.
 
-    Rows that cannot be read are passed over: their own error comes later. Raises UserError where the format is unknown,
-    uncertain, or not the same in all files; the format holds for every row, so one in another is a bad row.
+    Files keep their order. A mistake in a format is told where the format is used (`choose_format`).
     """
-    found: dict[str, Path] = {}
-    for file in files:
-        detected, num_rows = _look_into(file)
-        if detected.name not in found:
-            what = "the first row has" if num_rows == 1 else f"the first {num_rows:,} rows have"
-            print(f'{file}: data_format = "{detected.name}", for {what} {detected.why}')
-        found.setdefault(detected.name, file)
+    grouped: dict[str | Format, list[Path]] = {}
+    for source in sources:
+        given = data_format if source.data_format is None else source.data_format
+        found = find_formats(source.files) if given == AUTO else {given: source.files}
+        for name, files in found.items():
+            grouped.setdefault(name, []).extend(files)
+    return grouped
+
+
+def find_format(files: list[Path]) -> str:
+    """The one format of all files, see `find_formats`. Raises UserError also where they are in different ones."""
+    found = find_formats(files)
     if len(found) > 1:
-        told = ", ".join(f"{file} is {name}" for name, file in found.items())
+        told = ", ".join(f"{its_files[0]} is {name}" for name, its_files in found.items())
         raise UserError(f'data_format="auto": the files are in different formats: {told}. Give files of one format.')
     return next(iter(found))
+
+
+def find_formats(files: list[Path]) -> dict[str, list[Path]]:
+    """The format that the first rows of each file show, and the files of each, printed with the reason.
+
+    Rows that cannot be read are passed over: their own error comes later. Raises UserError where a format is unknown or
+    uncertain; it holds for every row of its file, so one in another is a bad row.
+    """
+    found: dict[str, list[Path]] = {}
+    reasons: dict[str, str] = {}
+    for file in files:
+        detected, num_rows = _look_into(file)
+        what = "the first row has" if num_rows == 1 else f"the first {num_rows:,} rows have"
+        reasons.setdefault(detected.name, f"{what} {detected.why}")
+        found.setdefault(detected.name, []).append(file)
+    for name, its_files in found.items():
+        others = f" (so {'is' if len(its_files) == 2 else 'are'} {len(its_files) - 1:,} more)" if its_files[1:] else ""
+        print(f'{its_files[0]}: data_format = "{name}", for {reasons[name]}{others}')
+    return found
 
 
 def _look_into(file: Path) -> tuple[Detected, int]:

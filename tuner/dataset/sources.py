@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +19,27 @@ from tuner.errors import UserError
 from tuner.nearest import did_you_mean
 
 DataPath = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+ENTRY_KEYS = ("path", "weight", "data_format")
+ENTRY_WORDS = "dict(path=...) with weight=..., data_format=... or both"
 SETTLED_SECONDS = 2.0  # a file younger than this may change again without a new time stamp
 
 
+class Entry(NamedTuple):
+    """An entry of data_path as it is written; a weight or a data_format only where it gives one of its own."""
+
+    name: str
+    paths: list[str]
+    weight: float | None = None
+    data_format: str | Callable[..., Any] | None = None
+
+
 class Source(NamedTuple):
-    """An entry of data_path: its files, and its weight if it has one."""
+    """An entry of data_path: its files, and its own weight and data_format if it has them."""
 
     name: str
     weight: float | None
     files: list[Path]
+    data_format: str | Callable[..., Any] | None = None
 
 
 def expand(path: DataPath) -> list[Path]:
@@ -36,7 +48,7 @@ def expand(path: DataPath) -> list[Path]:
 
 
 def find_sources(path: DataPath) -> list[Source]:
-    """Entries of data_path -> sources: paths, globs (sorted), `demo:` and `hub:` names, or dict(path=..., weight=...).
+    """Entries of data_path -> sources: paths, globs (sorted), `demo:` and `hub:` names, or dicts of ENTRY_KEYS.
 
     Raises UserError for what is missing, empty, unknown or named twice, and for weights that cannot be shares.
     """
@@ -44,8 +56,8 @@ def find_sources(path: DataPath) -> list[Source]:
     if not entries:
         raise UserError("data_path is an empty list. Give at least one file.")
     sources = [
-        Source(name, weight, [file for pattern in patterns for file in _expand_one(pattern)])
-        for name, patterns, weight in map(parse_entry, entries)
+        Source(name, weight, [file for pattern in patterns for file in _expand_one(pattern)], data_format)
+        for name, patterns, weight, data_format in map(parse_entry, entries)
     ]
     unweighted = [source.name for source in sources if source.weight is None]
     if unweighted and len(unweighted) < len(sources):
@@ -65,25 +77,27 @@ def find_sources(path: DataPath) -> list[Source]:
     return sources
 
 
-def parse_entry(entry: object) -> tuple[str, list[str], float | None]:
-    """An entry of data_path -> its name, its paths and its weight. Raises UserError for anything else."""
+def parse_entry(entry: object) -> Entry:
+    """What an entry of data_path says. Raises UserError for what is none; its data_format is looked at elsewhere."""
     if isinstance(entry, str):
-        return entry, [entry], None
+        return Entry(entry, [entry])
     if not isinstance(entry, Mapping):
-        raise UserError(f"data_path holds {entry!r}. Expected: a path, or dict(path=..., weight=...).")
-    unknown = [str(key) for key in entry if key not in ("path", "weight")]
-    if unknown or set(entry) != {"path", "weight"}:
-        hint = did_you_mean(unknown[0], ["path", "weight"]) if unknown else ""
-        raise UserError(f"data_path has an entry with {sorted(map(str, entry))}. Expected: 'path' and 'weight'.{hint}")
-    path, weight = entry["path"], entry["weight"]
+        raise UserError(f"data_path holds {entry!r}. Expected: a path, or {ENTRY_WORDS}.")
+    unknown = [str(key) for key in entry if key not in ENTRY_KEYS]
+    if unknown or "path" not in entry or len(entry) == 1:
+        hint = did_you_mean(unknown[0], ENTRY_KEYS) if unknown else ""
+        raise UserError(f"data_path has an entry with {sorted(map(str, entry))}. Expected: {ENTRY_WORDS}.{hint}")
+    path, weight = entry["path"], entry.get("weight")
     paths = [path] if isinstance(path, str) else path
     if not isinstance(paths, list | tuple) or not paths or not all(isinstance(part, str) for part in paths):
         raise UserError(f"data_path has an entry with path={path!r}. Expected: a path or a list of paths.")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+    if "weight" in entry and (
+        isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf
+    ):
         raise UserError(
             f"data_path gives {path} the weight {weight!r}. Expected: a number above 0; leave out what weighs nothing."
         )
-    return ", ".join(paths), list(paths), float(weight)
+    return Entry(", ".join(paths), list(paths), None if weight is None else float(weight), entry.get("data_format"))
 
 
 def content_digest(path: Path, record: dict[str, Any]) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 
 from tuner.dataset.build import build_shards, build_stream
 from tuner.dataset.documents import UNCUT
+from tuner.dataset.format_choice import files_by_format
 from tuner.dataset.read import Row, read_chunks
 from tuner.dataset.shards import Shards
+from tuner.dataset.sources import find_sources
 from tuner.engine.assemble import Assembly, plain
 from tuner.errors import UserError
 from tuner.preview.samples import DocumentView, Excerpt, Tail
@@ -39,20 +41,31 @@ def with_tails(excerpts: Sequence[Excerpt], node: Any, assembly: Assembly) -> li
 
 def _tails(documents: Sequence[DocumentView], node: dict[str, Any], assembly: Assembly) -> dict[int, Tail]:
     """By the number of the document: what it lost, or why that is not known; nothing for one that lost nothing."""
-    owners, rows = [], []
+    found: dict[int, set[tuple[int, ...]]] = {document.number: set() for document in documents}
     try:
-        for document, its_rows in _rows_of(documents):
-            owners += [document] * len(its_rows)
-            rows += its_rows
-        found: dict[int, set[tuple[int, ...]]] = {document.number: set() for document in documents}
-        for place, ids in _tokenised(rows, node, assembly):
-            owner = owners[place]
-            if ids[: len(owner.ids)] == owner.ids:
-                found[owner.number].add(tuple(ids[len(owner.ids) :]))
+        with redirect_stdout(io.StringIO()):  # what is found out of formats has been said before
+            by_format = files_by_format(node["data_format"], find_sources(node["path"]))
+        for data_format, files in by_format.items():
+            names = set(map(str, files))
+            own = [document for document in documents if document.source.rpartition(":")[0] in names]
+            for owner, ids in _whole(own, {**node, "data_format": data_format}, assembly):
+                if ids[: len(owner.ids)] == owner.ids:
+                    found[owner.number].add(tuple(ids[len(owner.ids) :]))
     except UserError as error:
         problem = Tail(problem=str(error).splitlines()[0])
         return {document.number: problem for document in documents}
     return {number: _only(tails) for number, tails in found.items() if tails != {()}}
+
+
+def _whole(
+    documents: Sequence[DocumentView], node: dict[str, Any], assembly: Assembly
+) -> list[tuple[DocumentView, list[int]]]:
+    """Each document of files of one format with the ids that a row on its line gives, of any length."""
+    owners, rows = [], []
+    for document, its_rows in _rows_of(documents):
+        owners += [document] * len(its_rows)
+        rows += its_rows
+    return [(owners[place], ids) for place, ids in _tokenised(rows, node, assembly)] if rows else []
 
 
 def _only(tails: Collection[tuple[int, ...]]) -> Tail:
