@@ -358,6 +358,20 @@ def test_a_text_file_is_one_document(tmp_path, make):
     assert made.source(len(made) - 1) == f"{tmp_path / 'a.txt'}:1"
 
 
+def test_a_fractional_loss_mask_weighs_as_the_loss_of_a_message_does(tmp_path, make, tokenizer):
+    said = row(1)
+    said["messages"][1]["loss"] = 0.25
+    spoken = make(write_rows(tmp_path / "a.jsonl", [said, row(2)]))
+    given = []
+    for document in map(spoken.document, range(2)):
+        weights = np.ones(len(document.ids)) if document.weights is None else document.weights
+        given.append({"input_ids": document.ids.tolist(), "loss_mask": (weights * document.trained).tolist()})
+    masked = make(write_rows(tmp_path / "ids.jsonl", given), data_format="tokens")
+    assert masked.fingerprint == spoken.fingerprint
+    assert masked.loss_weight.tolist() == spoken.loss_weight.tolist()
+    assert masked.ledger.weight_surplus == spoken.ledger.weight_surplus < 0
+
+
 @pytest.fixture
 def dataset(tmp_path, make):
     rows = [row(n, n % 13) for n in range(60)]

@@ -1,6 +1,7 @@
 """Rows that are tokenised already, and the lab's pairs of token files, read and written."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -61,7 +62,15 @@ def test_without_a_mask_every_token_is_trained():
         ({"input_ids": [1, 2], "labels": [1]}, "an entry for each of the 2 input_ids, it has 1"),
         ({"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, "got 6 at place 0, where the id is 5. They look shifted"),
         ({"input_ids": [5, 6, 7], "labels": [5, 9, 7]}, "got 9 at place 1, where the id is 6.$"),
-        ({"input_ids": [5, 6], "loss_mask": [0, 2]}, "'loss_mask' to hold 0 and 1, got int 2"),
+        ({"input_ids": [5, 6], "loss_mask": [0, -1]}, "'loss_mask' to hold 0 and 1, or weights .* place 1, got int -1"),
+        ({"input_ids": [5, 6], "loss_mask": [1, 1001]}, "weights from 0.001 to 1000, at place 1, got int 1001"),
+        ({"input_ids": [5, 6], "loss_mask": [1e-4, 1]}, "weights from 0.001 to 1000, at place 0, got float 0.0001"),
+        ({"input_ids": [5, 6], "loss_mask": [1, math.nan]}, "weights from .* at place 1, got float nan"),
+        ({"input_ids": [5, 6], "loss_mask": [1, None]}, "weights from .* at place 1, got NoneType"),
+        (
+            {"input_ids": [5, 6], "completion_mask": [0, 0.5]},
+            "'completion_mask' to hold 0 and 1, at place 1, got",
+        ),
         ({"input_ids": [5, 6], "loss_mask": "01"}, "'loss_mask' of the row to be a list"),
         ({"input_ids": [5], "loss_mask": [1], "labels": [5]}, "one of .* in the row, got list"),
         ({"input_ids": [5, 2], "attention_mask": [1, 0]}, "padding is left out of the row"),
@@ -73,13 +82,42 @@ def test_a_row_that_is_not_clear_is_refused(row, message):
         tokens(row)
 
 
+def test_entries_of_a_loss_mask_may_be_weights():
+    sample = tokens({"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0.5, 1, 2]})
+    assert sample == {"ids": [5, 6, 7, 8], "trained": [False, True, True, True], "weights": [1, 0.5, 1, 2]}
+    found = given_document(sample, 9)
+    assert same(found, document([-5, 6, 7, 8]))
+    assert found.weights is not None
+    assert found.weights.dtype == np.float32
+    assert found.weights.tolist() == [1, 0.5, 1, 2]
+    assert given_document({**TRAINED, "weights": [0.5, 1, 1]}, 8).weights is None, "nothing is trained at the first"
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"ids": [1.5, 2]}, "'ids' of the sample to be a list of integers"),
+        ({"ids": ["a"]}, "'ids' of the sample to be a list of integers"),
+        ({"ids": [[1], [2, 3]]}, "'ids' of the sample to be a list of integers"),
+        ({"ids": 7}, "'ids' of the sample to be a list of integers"),
+        ({"ids": [1, 2], "trained": [0.5, 1]}, "'trained' of the sample to be a list of true and false"),
+        ({"ids": [1, 2], "weights": [1]}, "as many 'weights' as ids, got list .2, 1."),
+        ({"ids": [1, 2], "weights": [1, math.nan]}, "weights from 0.001 to 1000, got list .nan."),
+        ({"ids": [1, 2], "weights": [0, 1]}, "weights from 0.001 to 1000, got list .0"),
+    ],
+)
+def test_a_function_s_own_ids_are_checked(sample, message):
+    with pytest.raises(RowError, match=message):
+        given_document(sample, 9)
+
+
 def test_ids_that_the_tokenizer_lacks_are_refused():
     assert same(given_document(TRAINED, 8), document([-5, 6, 7]))
     with pytest.raises(RowError, match=r"ids below 7, as the tokenizer has them, got 7 at place 2. Was the row made"):
         given_document(TRAINED, 7)
     with pytest.raises(RowError, match="ids from 0 up"):
         given_document({"ids": [1, -3]}, 7)
-    with pytest.raises(RowError, match="as many marks as ids"):
+    with pytest.raises(RowError, match="as many 'trained' as ids"):
         given_document({"ids": [1, 3], "trained": [True]}, 7)
 
 

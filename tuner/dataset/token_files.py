@@ -9,11 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.dataset.formats.token_ids import tokens
+from tuner.dataset.given_ids import given_document
 from tuner.dataset.reading.rows import Row
 from tuner.dataset.reading.strict_json import parse_row
 from tuner.dataset.reading.token_pairs import ENDING, meta_path, read_token_pairs
 from tuner.dataset.tokenize import Document
 from tuner.errors import UserError
+
+MAX_IDS = 1 << 32  # of any tokenizer: no file says which one made it
 
 
 def write(path: str | Path, documents: Iterable[Document]) -> int:
@@ -56,7 +59,7 @@ def _document(row: Row, path: Path) -> Document:
         sample = tokens(parse_row(row.content))
     except UserError as error:
         raise UserError(f"{path}:{row.line}: {error}") from error
-    return Document(np.array(sample["ids"], np.uint32), np.array(sample["trained"], np.bool_))
+    return given_document(sample, MAX_IDS)
 
 
 def _append(file: BinaryIO, document: Document, number: int) -> tuple[int, int]:

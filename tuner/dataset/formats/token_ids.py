@@ -4,16 +4,20 @@ from typing import Any
 
 from tuner.dataset.formats.fields import Row, field, require
 from tuner.dataset.messages import RowError
+from tuner.dataset.rendering import LEAST_WEIGHT, MOST_WEIGHT, is_loss
 
 NO_LOSS = -100  # of labels, as transformers and torch write it
 MASKS = ("labels", "loss_mask", "completion_mask", "assistant_masks")
+WEIGHED = "loss_mask"  # the one of them whose entries may be weights; the others are yes or no where they come from
+WEIGHTS = f"0 and 1, or weights from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
 
 
 def tokens(row: Row) -> dict[str, Any]:
     """{"tokens": [...]}, negative ids without loss; or {"input_ids": [...], "labels" or "loss_mask"?: [...]}.
 
-    `labels` has the id itself where there is loss and -100 elsewhere, not shifted; a mask has 1 and 0. With neither,
-    every token has loss. Token 0 of `tokens` always has loss, for it cannot be negative.
+    `labels` has the id itself where there is loss and -100 elsewhere, not shifted; a mask has 1 and 0, or in
+    `loss_mask` what a token's loss weighs: 0.5 halves it. With neither, every token has loss. Token 0 of `tokens`
+    always has loss, for it cannot be negative.
     """
     if "tokens" in row:
         require("input_ids" not in row, "either 'tokens' or 'input_ids' in the row", sorted(map(str, row)))
@@ -23,7 +27,10 @@ def tokens(row: Row) -> dict[str, Any]:
     lowest = min(ids)
     require(lowest >= 0, "'input_ids' to hold no negative id (those go into 'tokens')", lowest)
     _check_unpadded(row, ids)
-    return {"ids": ids, "trained": _trained(row, ids)}
+    marks = _marks(row, ids)
+    sample = {"ids": ids, "trained": [mark != 0 for mark in marks]}
+    weighed = any(mark not in (0, 1) for mark in marks)
+    return {**sample, "weights": [mark or 1 for mark in marks]} if weighed else sample
 
 
 TOKENS_EXAMPLE = {"input_ids": [1, 333, 352, 2], "loss_mask": [0, 0, 1, 1]}
@@ -49,7 +56,8 @@ def _check_unpadded(row: Row, ids: list[int]) -> None:
         raise RowError("Expected 'position_ids' from 0 up, got others: give each document a row of its own.")
 
 
-def _trained(row: Row, ids: list[int]) -> list[bool]:
+def _marks(row: Row, ids: list[int]) -> list[bool | int | float]:
+    """What each token weighs in the loss, 0 for none."""
     given = [key for key in MASKS if row.get(key) is not None]
     if not given:
         return [True] * len(ids)
@@ -58,16 +66,25 @@ def _trained(row: Row, ids: list[int]) -> list[bool]:
     marks = field(row, key, list)
     if len(marks) != len(ids):
         raise RowError(f"Expected {key!r} to have an entry for each of the {len(ids)} input_ids, it has {len(marks)}.")
-    if key != "labels":
-        wrong = next((mark for mark in marks if mark not in (0, 1)), None)
-        require(wrong is None, f"{key!r} to hold 0 and 1", wrong)
-        return [bool(mark) for mark in marks]
-    wrong_place = next((place for place, mark in enumerate(marks) if mark not in (NO_LOSS, ids[place])), None)
-    if wrong_place is not None:
-        shifted = all(mark in (NO_LOSS, token) for mark, token in zip(marks, ids[1:]))
+    if key == "labels":
+        _check_labels(marks, ids)
+        return [mark != NO_LOSS for mark in marks]
+    allowed = WEIGHTS if key == WEIGHED else "0 and 1"
+    wrong = next((place for place, mark in enumerate(marks) if not _is_mark(mark, key)), None)
+    require(wrong is None, f"{key!r} to hold {allowed}, at place {wrong}", wrong if wrong is None else marks[wrong])
+    return marks
+
+
+def _is_mark(mark: Any, key: str) -> bool:
+    return mark in (0, 1) or (key == WEIGHED and is_loss(mark))
+
+
+def _check_labels(labels: list[Any], ids: list[int]) -> None:
+    wrong = next((place for place, label in enumerate(labels) if label not in (NO_LOSS, ids[place])), None)
+    if wrong is not None:
+        shifted = all(label in (NO_LOSS, token) for label, token in zip(labels, ids[1:]))
         why = " They look shifted by one; give them as they stand over the ids." if shifted and len(ids) > 1 else ""
         raise RowError(
-            f"Expected 'labels' to be the id itself or {NO_LOSS}, got {marks[wrong_place]!r} at place {wrong_place}, "
-            f"where the id is {ids[wrong_place]}.{why}"
+            f"Expected 'labels' to be the id itself or {NO_LOSS}, got {labels[wrong]!r} at place {wrong}, "
+            f"where the id is {ids[wrong]}.{why}"
         )
-    return [mark != NO_LOSS for mark in marks]
