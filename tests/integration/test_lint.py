@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tuner.model.tokenizer import build_tokenizer
 model_path = {model!r}
 data_path = {data!r}
 max_length = 40
+too_long = "truncate"
 loss_on = "assistant"
 
 tokenizer = dict(type=build_tokenizer, path=model_path)
@@ -34,7 +36,7 @@ train_dataloader = dict(
         seed=0,
         shards=dict(
             type=build_shards, path=data_path, data_format="openai", tokenizer=tokenizer, max_length=max_length,
-            chat_template=dict(type=Rendering, chat_template="internlm2", loss_on=loss_on),
+            chat_template=dict(type=Rendering, chat_template="internlm2", loss_on=loss_on), too_long=too_long,
         ),
     ),
 )
@@ -127,6 +129,10 @@ def test_a_config_brings_format_template_length_and_tokenizer(tmp_path, capsys, 
     assert code == 2
     assert f"{data}:31: over-length:" in shown
     assert f"{data}:31: zero-loss:" in shown
+    code, shown = lint(capsys, config, "too_long=split")
+    assert code == 0
+    assert f"{data}:31: over-length:" in shown
+    assert "split into" in shown
     assert lint(capsys, config, "max_length=4000")[0] == 0
     assert lint(capsys, config, "--max-length", 4000)[0] == 0
     code, shown = lint(capsys, config, "max_length=4000", "loss_on='calls'")
@@ -170,6 +176,26 @@ def test_a_file_that_breaks_off_is_a_finding_and_the_others_are_checked(tmp_path
     assert f"{whole}:31: " in shown
 
 
+def test_ctrl_c_shows_what_was_found_until_then(tmp_path, capsys, monkeypatch):
+    rows = [answer(""), *[talk(f"Number {n}?", f"{'long ' * 300}{n}.") for n in range(600)]]
+    path, out = write(tmp_path / "a.jsonl", rows), tmp_path / "found.jsonl"
+    whole_chunk = RowLinter.__call__
+
+    def interrupted(linter, chunk):
+        if chunk.rows[0].line > 1:
+            raise KeyboardInterrupt
+        return whole_chunk(linter, chunk)
+
+    monkeypatch.setattr(RowLinter, "__call__", interrupted)
+    code, shown = lint(capsys, path, "--format", "openai", "--json", out)
+    assert code == 130
+    assert f"{path}:1: empty-text:" in shown
+    assert 1 < int(re.search(r"(\d+) rows of 1 file checked", shown)[1]) < len(rows)
+    assert "Stopped by Ctrl-C" in shown
+    assert "not complete" in shown
+    assert (1, "empty-text") in {(item["line"], item["check"]) for item in findings(out)}
+
+
 def test_workers_find_the_same(tmp_path, monkeypatch):
     """Many chunks on two processes: the same findings in the same order as on one."""
     rows = [*CLEAN, *[talk(f"Number {n}?", f"{'long ' * 300}{n} </s>") for n in range(600)], CLEAN[0]]
@@ -179,7 +205,7 @@ def test_workers_find_the_same(tmp_path, monkeypatch):
     for small in (1 << 40, 0):
         monkeypatch.setattr(command, "SMALL_BYTES", small)
         report = Report(10_000)
-        assert command.check_files([path], linter, report) == len(rows)
+        assert command.check_files([(linter, [path])], report) == (len(rows), True)
         shown.append(list(report.lines()))
     assert shown[0] == shown[1]
     assert len(shown[0]) > 600

@@ -10,7 +10,7 @@ from tuner.dataset.formats import FORMATS
 from tuner.errors import UserError
 from tuner.lint.findings import SEVERITIES
 from tuner.lint.rows import CHECKS, findings_in
-from tuner.lint.subject import Size, Subject, from_refused, from_sample
+from tuner.lint.subject import Bound, Size, Subject, from_refused, from_sample, size_of
 
 
 def called(arguments: object, **parameters: object) -> dict:
@@ -18,7 +18,7 @@ def called(arguments: object, **parameters: object) -> dict:
 
 
 def sized(num_tokens: int, num_trained: int, num_kept: int, *, said: str = "Yes.") -> Subject:
-    size = Size(num_tokens, num_trained, num_kept, (num_trained,), 100)
+    size = Size(num_tokens, num_trained, num_kept, (num_trained,), Bound(100))
     return from_sample(answer(said), size=size)
 
 
@@ -233,6 +233,27 @@ def cases(table: dict[str, list]) -> list:
     return [
         pytest.param(name, row, id=f"{name}-{place}") for name, rows in table.items() for place, row in enumerate(rows)
     ]
+
+
+@pytest.mark.parametrize(
+    ("too_long", "kept", "severity", "words"),
+    [
+        ("truncate", 5, "warning", "cutting it would lose 12 of 17 trained tokens"),
+        ("split", 15, "note", "it would be split into 3 pieces"),  # 8 and 16 are first in theirs
+        ("drop", 0, "warning", "it would be dropped, 17 trained tokens"),
+    ],
+)
+def test_what_becomes_of_a_long_row_is_told_as_training_does_it(too_long: str, kept: int, severity: str, words: str):
+    size = size_of([False] * 3 + [True] * 17, Bound(8, too_long))
+    assert (size.num_tokens, size.num_trained, size.num_trained_kept) == (20, 17, kept)
+    [located] = findings_in(from_sample(answer("Yes."), size=size), 3)
+    assert (located.check, located.problem.severity) == ("over-length", severity)
+    assert words in located.problem.message
+
+
+def test_a_long_row_of_which_nothing_is_trained_has_one_finding():
+    size = size_of([False] * 20, Bound(8))
+    assert list(checks_that_find(from_sample(answer("Yes."), size=size))) == ["zero-loss"]
 
 
 def test_every_check_has_rows_to_find_and_near_misses():

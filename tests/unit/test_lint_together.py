@@ -8,7 +8,7 @@ from lint_samples import PROSE, answer, call, function, result, talk
 
 from tuner.lint.findings import Finding, Report, redact
 from tuner.lint.schema import mismatches, unknown_names
-from tuner.lint.subject import Size, from_sample
+from tuner.lint.subject import NO_BOUND, Size, from_sample
 from tuner.lint.together import MIN_SAME, TOGETHER, facts_of, join
 
 FILES = ["a.jsonl", "b.jsonl"]
@@ -86,6 +86,8 @@ def test_an_answer_that_just_stops_is_cut_off_where_nearly_all_others_end():
     assert (row, severity) == (40, "warning")
     assert "on its way it passes" in message
     assert found([*others(10), stopped])["cut-off"] == []  # too few to tell
+    told_by_itself = answer(f"{PROSE} and on its way it passes the")
+    assert found([*others(40), told_by_itself])["cut-off"] == []
     begun = answer(f"{PROSE}. However, the harbour is wher")
     assert [row for row, _, _ in found([*others(40), begun])["cut-off"]] == [40]
     signed = [
@@ -95,6 +97,17 @@ def test_an_answer_that_just_stops_is_cut_off_where_nearly_all_others_end():
     casual = [answer(f"{PROSE} and number {n} is what it passes") for n in range(30)]
     assert found([*others(40), *casual, stopped])["cut-off"] == []  # these people write without full stops
     assert found([*others(40), answer(f"{PROSE}.\n- towns and villages with many old houses in them")])["cut-off"] == []
+
+
+def test_answers_beyond_those_whose_words_are_kept_are_found_all_the_same():
+    stopped = [answer(f"{PROSE} and on its way it passes number {'x' * n}") for n in range(3)]
+    facts = facts_of([from_sample(row) for row in [*others(60), *stopped]], list(range(1, 64)))
+    assert len(facts.open_answers) == 3
+    del facts.open_answers[1:]
+    told = {row: problem.message for row, problem in TOGETHER["cut-off"](facts, FILES)}
+    assert sorted(told) == [60, 61, 62]
+    assert told[60].startswith("message 1, an answer, ends in ...")
+    assert told[62].startswith("an answer stops without the end of a sentence")
 
 
 def test_answers_of_the_same_greatest_length_without_an_end_hit_a_limit():
@@ -110,7 +123,7 @@ def test_answers_of_the_same_greatest_length_without_an_end_hit_a_limit():
 
 def test_the_limit_may_be_one_of_tokens():
     said = [f"{'so ' * n}{PROSE}" for n in range(1, 7)]
-    sizes: list[Size | None] = [Size(140, 128, 128, (128,), None)] * 6
+    sizes: list[Size | None] = [Size(140, 128, 128, (128,), NO_BOUND)] * 6
     reported = found([answer(text) for text in said], sizes=sizes)["cut-at-limit"]
     assert [row for row, _, _ in reported] == list(range(6))
     assert "128 tokens" in reported[0][2]

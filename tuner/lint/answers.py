@@ -197,26 +197,34 @@ def main_script(text: str) -> str:
 def zero_loss(subject: Subject) -> Iterator[Problem]:
     """Rows of which nothing is trained."""
     size = subject.size
-    if size is not None and size.num_trained_kept == 0 and size.num_trained:
-        told = f"of its {size.num_tokens:,} tokens the first {size.max_length:,} are kept, and none of them is trained"
-        yield warning(f"{told}. Raise max_length, or shorten what comes before the answer.")
-    elif size.num_trained_kept == 0 if size else subject.messages and not any(map(is_trained, subject.messages)):
+    if size.num_trained == 0 if size else subject.messages and not any(map(is_trained, subject.messages)):
         yield warning("nothing of it is trained. Drop the row, or give it an answer whose loss is on.")
+    elif size and size.num_trained_kept == 0 and size.bound.too_long == "truncate":
+        kept = f"the first {size.bound.max_length:,} are kept, and none of them is trained"
+        yield warning(
+            f"of its {size.num_tokens:,} tokens {kept}. Raise max_length, or shorten what comes before the answer."
+        )
 
 
 def over_length(subject: Subject) -> Iterator[Problem]:
     """Rows of more tokens than training keeps."""
     size = subject.size
-    if size is None or size.max_length is None:
+    if size is None or not size.num_trained:
         return
-    if size.num_tokens > size.max_length:
-        lost = size.num_trained - size.num_trained_kept
+    limit, too_long = size.bound
+    if limit is None:
+        return
+    told = f"{size.num_tokens:,} tokens, over max_length={limit:,}"
+    lost = f"{size.num_trained - size.num_trained_kept:,} of {size.num_trained:,} trained tokens"
+    if size.num_tokens > limit and too_long == "truncate":
+        yield warning(f"{told}: cutting it would lose {lost}. Raise max_length, or shorten or split the row.")
+    elif size.num_tokens > limit and too_long == "drop":
+        yield warning(f"{told}: it would be dropped, {size.num_trained:,} trained tokens. Raise max_length.")
+    elif size.num_tokens > limit:
+        pieces = -(-size.num_tokens // limit)
+        yield note(f"{told}: it would be split into {pieces:,} pieces, each of which knows nothing of those before it.")
+    elif size.num_tokens == limit and any(ending(answer.content) == "open" for answer in subject.answers):
         yield warning(
-            f"{size.num_tokens:,} tokens, over max_length={size.max_length:,}: cutting it would lose {lost:,} of"
-            f" {size.num_trained:,} trained tokens. Raise max_length, or shorten or split the row."
-        )
-    elif size.num_tokens == size.max_length and any(ending(answer.content) == "open" for answer in subject.answers):
-        yield warning(
-            f"exactly max_length={size.max_length:,} tokens, and its answer has no end: it was probably cut before."
+            f"exactly max_length={limit:,} tokens, and its answer has no end: it was probably cut before."
             " Take it from where it is whole, or drop the row."
         )

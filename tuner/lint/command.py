@@ -2,25 +2,28 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from tuner.config import PRESETS, loads, render
-from tuner.dataset.format_choice import Format, choose_format, find_format
+from tuner.dataset.format_choice import Format, choose_format, files_by_format
 from tuner.dataset.formats import FORMATS
 from tuner.dataset.formats.detection import AUTO
 from tuner.dataset.formats.known import UNTRAINED
 from tuner.dataset.read import Chunk, read_chunks
 from tuner.dataset.rendering import Rendering
 from tuner.dataset.sample_encoder import SampleEncoder
-from tuner.dataset.sources import expand
+from tuner.dataset.sources import find_sources
 from tuner.dataset.workers import Workers, num_cores, progress_interval, travels
 from tuner.errors import UserError
 from tuner.lint.findings import Finding, Report
 from tuner.lint.rows import Linted, RowLinter
-from tuner.lint.together import TOGETHER, Facts, join
+from tuner.lint.subject import NO_BOUND, Bound
+from tuner.lint.together import MAX_OPEN_KEPT, TOGETHER, Facts, join
 from tuner.new_files import open_new
 
 SMALL_BYTES = 16 << 20  # checked sooner than worker processes have started
@@ -30,11 +33,11 @@ EXIT_CLEAN, EXIT_FOUND = 0, 2
 class Target(NamedTuple):
     """What to check, and how training would read it; without a tokenizer no tokens are counted."""
 
-    path: Any  # as `sources.expand` takes it
+    path: Any  # as `find_sources` takes it
     data_format: str | Format
     tokenizer: Any = None
     rendering: Rendering | None = None
-    max_length: int | None = None
+    bound: Bound = NO_BOUND
 
 
 def lint(
@@ -53,19 +56,24 @@ def lint(
 
     Raises:
         UserError: files, settings or a config that cannot be read.
+        KeyboardInterrupt: Ctrl-C, once what was read until then is reported.
     """
     target = find_target(data, data_format, model)
     if max_length is not None:
-        target = target._replace(max_length=max_length)
+        target = target._replace(bound=target.bound._replace(max_length=max_length))
     if max_length is not None and target.tokenizer is None:
         raise UserError(f"--max-length {max_length} counts tokens, which needs a tokenizer: --model DIR.")
-    files = expand(target.path)
-    linter = row_linter(target, files)
+    grouped = files_by_format(target.data_format, find_sources(target.path))
+    linters = [(row_linter(target, data_format), files) for data_format, files in grouped.items()]
     with ExitStack() as stack:
         report = Report(limit, stack.enter_context(open_new(json_file)) if json_file else None)
-        num_rows = check_files(files, linter, report)
+        num_rows, is_complete = check_files(linters, report)
     print("\n".join(report.lines()))
-    print(f"{num_rows:,} rows of {len(files):,} {'file' if len(files) == 1 else 'files'} checked.")
+    num_files = sum(len(files) for _, files in linters)
+    print(f"{num_rows:,} rows of {num_files:,} {'file' if num_files == 1 else 'files'} checked.")
+    if not is_complete:
+        print("Stopped by Ctrl-C: the rows behind these were not read, so the report is not complete.", flush=True)
+        raise KeyboardInterrupt
     if target.tokenizer is None:
         print("Lengths in tokens were not checked: --model DIR names a tokenizer, --max-length N a bound.")
     return EXIT_CLEAN if report.is_clean else EXIT_FOUND
@@ -110,46 +118,70 @@ def as_target(
     chat_template: str | Rendering,
     tokenizer: Any,
     max_length: int,
+    too_long: str = "truncate",
     **_: Any,
 ) -> Target:
     """Takes the place of `build_shards` in a config."""
     rendering = Rendering(chat_template) if isinstance(chat_template, str) else chat_template
-    return Target(path, data_format, tokenizer, rendering, max_length)
+    return Target(path, data_format, tokenizer, rendering, Bound(max_length, too_long))
 
 
-def row_linter(target: Target, files: list[Path]) -> RowLinter:
-    """The checks for a target, with an encoder where there is a tokenizer."""
-    name = find_format(files) if target.data_format == AUTO else target.data_format
-    if isinstance(name, str) and name in UNTRAINED:  # there is nothing to encode, but much to check
-        return RowLinter(FORMATS[name])
-    _, to_sample = choose_format(name, files)
+def row_linter(target: Target, data_format: str | Format) -> RowLinter:
+    """The checks for a target's files of one format, with an encoder where there is a tokenizer."""
+    if isinstance(data_format, str) and data_format in UNTRAINED:  # there is nothing to encode, but much to check
+        return RowLinter(FORMATS[data_format])
+    _, to_sample = choose_format(data_format, [])
     if target.tokenizer is None or target.rendering is None:
         return RowLinter(to_sample)
-    return RowLinter(to_sample, SampleEncoder.from_tokenizer(target.tokenizer, target.rendering), target.max_length)
+    return RowLinter(to_sample, SampleEncoder.from_tokenizer(target.tokenizer, target.rendering), target.bound)
 
 
-def check_files(files: Sequence[Path], linter: RowLinter, report: Report) -> int:
-    """Put what every check finds into the report; returns the number of rows."""
-    names = [str(file) for file in files]
-    size = sum(file.stat().st_size for file in files)
-    num_workers = num_cores() if size > SMALL_BYTES and travels(linter, "Checking") else 1
+def check_files(linters: Sequence[tuple[RowLinter, Sequence[Path]]], report: Report) -> tuple[int, bool]:
+    """Put what every check finds in its files into the report; returns the number of rows, and whether these are all.
+
+    Ctrl-C ends the reading; the rows that were read are compared all the same.
+    """
+    names = [str(file) for _, files in linters for file in files]
+    numbers = {name: number for number, name in enumerate(names)}
     facts: list[Facts] = []
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc="checking", mininterval=progress_interval())
-    with bar, Workers(linter, num_workers=num_workers) as workers:
-        for number, file in enumerate(files):
-            position = 0
-            for linted in workers.map(readable_chunks(file, report)):
-                add_all(linted, str(file), report)
-                linted.facts.rows["file"] = number
-                facts.append(linted.facts)
-                bar.update(linted.position - position)
-                position = linted.position
+    is_complete = True
+    try:
+        for file, its_facts in check_rows(linters, report):
+            its_facts.rows["file"] = numbers[str(file)]
+            facts.append(its_facts)
+    except KeyboardInterrupt:
+        is_complete = False
     joined = join(facts)
     for check, compare in TOGETHER.items():
         for row, problem in compare(joined, names):
             line = int(joined.rows["line"][row])
             report.add(Finding(names[joined.rows["file"][row]], line, check, *problem))
-    return len(joined.rows)
+    return len(joined.rows), is_complete
+
+
+def check_rows(linters: Sequence[tuple[RowLinter, Sequence[Path]]], report: Report) -> Iterator[tuple[Path, Facts]]:
+    """Put what is found in single rows into the report; the facts of each chunk, with its file."""
+    size = sum(file.stat().st_size for _, files in linters for file in files)
+    num_open = 0
+    with tqdm(total=size, unit="B", unit_scale=True, desc="checking", mininterval=progress_interval()) as bar:
+        for file, linted in chain.from_iterable(starmap(partial(linted_chunks, report, bar), linters)):
+            add_all(linted, str(file), report)
+            del linted.facts.open_answers[MAX_OPEN_KEPT - num_open :]
+            num_open += len(linted.facts.open_answers)
+            yield file, linted.facts
+
+
+def linted_chunks(report: Report, bar: Any, linter: RowLinter, files: Sequence[Path]) -> Iterator[tuple[Path, Linted]]:
+    """The chunks of some files, checked on as many processes as they are worth."""
+    size = sum(file.stat().st_size for file in files)
+    num_workers = num_cores() if size > SMALL_BYTES and travels(linter, "Checking") else 1
+    with Workers(linter, num_workers=num_workers) as workers:
+        for file in files:
+            position = 0
+            for linted in workers.map(readable_chunks(file, report)):
+                yield file, linted
+                bar.update(linted.position - position)
+                position = linted.position
 
 
 def readable_chunks(file: Path, report: Report) -> Iterator[Chunk]:

@@ -13,7 +13,7 @@ from tuner.dataset.tokenize import Document
 from tuner.errors import UserError
 from tuner.lint import answers, secrets, texts, tool_calls
 from tuner.lint.findings import Problem, error, redact
-from tuner.lint.subject import Subject, from_refused, from_sample, size_of
+from tuner.lint.subject import NO_BOUND, Bound, Subject, from_refused, from_sample, size_of
 from tuner.lint.together import Facts, facts_of
 
 Check = Callable[[Subject], Iterable[Problem]]
@@ -80,7 +80,7 @@ class RowLinter:
 
     to_sample: Callable[[dict[str, Any]], dict[str, Any]]
     encoder: SampleEncoder | None = None
-    max_length: int | None = None
+    bound: Bound = NO_BOUND
 
     def __call__(self, chunk: Chunk) -> Linted:
         """Every check on every row."""
@@ -111,7 +111,7 @@ class RowLinter:
         raw = row.content.decode(errors="replace")
         if converted.refusal:
             return from_refused(converted.content, raw, converted.refusal)
-        size = None if document is None else size_of(document.trained.tolist(), self.max_length)
+        size = None if document is None else size_of(document.trained.tolist(), self.bound)
         return from_sample(converted.content, raw, size)
 
 

@@ -18,14 +18,24 @@ class Text(NamedTuple):
     content: str
 
 
+class Bound(NamedTuple):
+    """How many tokens training keeps of a row, None being all, and what it does with a longer one: see TOO_LONG."""
+
+    max_length: int | None = None
+    too_long: str = "truncate"
+
+
+NO_BOUND = Bound()
+
+
 class Size(NamedTuple):
-    """A row in tokens, `max_length` being what training would keep of it (None is all of it)."""
+    """A row in tokens, and what training keeps of it."""
 
     num_tokens: int
     num_trained: int
     num_trained_kept: int
     answer_tokens: tuple[int, ...]  # of each run of trained tokens, its end mark included
-    max_length: int | None
+    bound: Bound
 
 
 @dataclass(frozen=True)
@@ -101,16 +111,22 @@ def from_sample(sample: Mapping[str, Any], raw: str = "", size: Size | None = No
     if "chosen" in sample:
         return replace(from_sample(sample["chosen"], raw, size), rest=dump(sample["rejected"]))
     if "ids" in sample:
-        return Subject(raw=raw, size=size or size_of([bool(mark) for mark in sample["trained"]], None))
+        return Subject(raw=raw, size=size or size_of([bool(mark) for mark in sample["trained"]]))
     if isinstance(sample.get("text"), str):
         return Subject(document=sample["text"], raw=raw, size=size)
     return Subject(readable_messages(sample.get("messages")), readable_tools(sample.get("tools")), raw=raw, size=size)
 
 
-def size_of(trained: list[bool], max_length: int | None) -> Size:
+def size_of(trained: list[bool], bound: Bound = NO_BOUND) -> Size:
     """The size of a document of which `trained` says what is trained: a label is what another token comes before."""
     runs = tuple(sum(1 for _ in run) for is_trained, run in groupby(trained) if is_trained)
-    return Size(len(trained), sum(trained[1:]), sum(trained[1:max_length]), runs, max_length)
+    labels = sum(trained[1:])
+    kept = labels
+    if bound.max_length is not None and len(trained) > bound.max_length:
+        begun_anew = trained[bound.max_length :: bound.max_length]  # the first token of a piece has none before it
+        left = {"truncate": sum(trained[1 : bound.max_length]), "split": labels - sum(begun_anew), "drop": 0}
+        kept = left[bound.too_long]
+    return Size(len(trained), labels, kept, runs, bound)
 
 
 def from_refused(row: Any, raw: str, reason: str) -> Subject:

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.lint.answers import ending
+from tuner.lint.answers import broken_off, ending
 from tuner.lint.findings import Problem, excerpt, note, warning
 from tuner.lint.subject import Subject, called_words
 
 ROW = np.dtype([("file", "<u4"), ("line", "<u8"), ("exact", "<u8"), ("near", "<u8"), ("size", "<u4")])
 ANSWER = np.dtype([("row", "<u4"), ("hash", "<u8"), ("size", "<u4"), ("tokens", "<i4"), ("ending", "u1")])
-ENDINGS = ("sentence", "open", "other")
-MAX_OPEN_KEPT = 100_000  # answers without an end, with their last words
+ENDINGS = ("sentence", "open", "other", "broken")  # broken: open, and reported with its own row
+MAX_OPEN_KEPT = 100_000  # open answers whose place and last words are remembered, some 20 MB
 SHORT_ROW, SHORT_ANSWER = 200, 100  # characters: shorter ones occur twice by chance
 MAX_SHORT, MAX_SHORT_SHARE = 4, 0.05  # rows that are short and duplicates: more of them are no chance
 MIN_SENTENCE_SHARE = 0.95  # so at least 19 others
@@ -28,9 +28,8 @@ WORD = re.compile(r"[^\W_]+|[^\w\s.,!?;:'\"“”‘’…。，！？；：、]
 
 
 class Open(NamedTuple):
-    """An answer of prose that just stops."""
+    """An answer of prose that just stops: which one of its row, and its last words."""
 
-    row: int
     where: str
     tail: str
 
@@ -42,6 +41,7 @@ class Facts:
     rows: NDArray[Any] = field(default_factory=lambda: np.empty(0, ROW))
     answers: NDArray[Any] = field(default_factory=lambda: np.empty(0, ANSWER))
     open_answers: list[Open] = field(default_factory=list)
+    """of the answers whose ending is "open", in their order; the last ones may be missing"""
 
 
 def facts_of(subjects: list[Subject], lines: list[int]) -> Facts:
@@ -57,11 +57,11 @@ def facts_of(subjects: list[Subject], lines: list[int]) -> Facts:
         counted = tokens if len(tokens) == len(said) else (-1,) * len(said)
         for answer, count in zip(said, counted):
             how = ending(answer.content)
-            code = ENDINGS.index(how)
+            code = ENDINGS.index("broken" if how == "open" and broken_off(answer.content) else how)
             answers.append((place, digest(answer.content.strip()), len(answer.content), count, code))
-            if how == "open":
+            if ENDINGS[code] == "open":
                 text = answer.content.rstrip()
-                open_answers.append(Open(place, answer.where, excerpt(text, max(0, len(text) - 40))))
+                open_answers.append(Open(answer.where, excerpt(text, max(0, len(text) - 40))))
     return Facts(rows, np.array(answers, ANSWER), open_answers)
 
 
@@ -73,10 +73,8 @@ def join(parts: list[Facts]) -> Facts:
     answers = [part.answers.copy() for part in parts]
     for start, own in zip(starts, answers):
         own["row"] += np.uint32(start)
-    moved = [
-        kept._replace(row=int(start) + kept.row) for start, part in zip(starts, parts) for kept in part.open_answers
-    ]
-    return Facts(np.concatenate([part.rows for part in parts]), np.concatenate(answers), moved)
+    open_answers = [kept for part in parts for kept in part.open_answers]
+    return Facts(np.concatenate([part.rows for part in parts]), np.concatenate(answers), open_answers)
 
 
 def exact_form(subject: Subject) -> str:
@@ -158,17 +156,22 @@ def cut_off_among_whole(facts: Facts, files: list[str]) -> Located:
     prose = facts.answers["ending"] != ENDINGS.index("other")
     whole = facts.answers["ending"] == ENDINGS.index("sentence")
     num_prose, num_whole = (np.bincount(file_of[chosen], minlength=len(files)) for chosen in (prose, whole))
-    for row, where, tail in facts.open_answers:
-        file = facts.rows["file"][row]
-        share = num_whole[file] / num_prose[file]
-        if share >= MIN_SENTENCE_SHARE:
-            yield (
-                row,
-                warning(
-                    f"{where}, an answer, ends in {tail} without the end of a sentence, as {share:.1%} of the file's"
-                    " answers have. Complete it or drop the row."
-                ),
-            )
+    endless = facts.answers["row"][facts.answers["ending"] == ENDINGS.index("open")]
+    for number, row in enumerate(endless.tolist()):
+        share = num_whole[facts.rows["file"][row]] / num_prose[facts.rows["file"][row]]
+        if share < MIN_SENTENCE_SHARE:
+            continue
+        told = "an answer stops"
+        if number < len(facts.open_answers):
+            where, tail = facts.open_answers[number]
+            told = f"{where}, an answer, ends in {tail}"
+        yield (
+            row,
+            warning(
+                f"{told} without the end of a sentence, as {share:.1%} of the file's answers have."
+                " Complete it or drop the row."
+            ),
+        )
 
 
 def cut_at_limit(facts: Facts, files: list[str]) -> Located:
