@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # top first; modules in one tuple are siblings
     ("cli",),
+    ("arguments",),
     ("train", "chat", "convert", "evaluate", "preview", "lint"),
     ("check", "config"),
     ("configs",),

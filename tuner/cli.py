@@ -1,15 +1,15 @@
 """The command line: presets, training, conversion and chat; whatever is heavy is imported inside the commands."""
 
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import get_completion_class
 
 from tuner import __version__
+from tuner.arguments import ConfigType, Pairs, SettingType, TrainCommand, config_arguments, debug_option, gather
 from tuner.errors import UserError
 
 DTYPES: dict[str, Literal["auto", "float32", "bfloat16", "float16"]] = {
@@ -22,10 +22,7 @@ LIST_FOOTER = """
 CONTEXT is the tokens of a pack. STATE is the memory of weights, gradients and Adam; activations come on top.
 Training runs on one process today: the presets meant for several devices wait for ZeRO-3."""
 SHELLS = ("bash", "zsh", "fish")
-ASSIGNMENT = re.compile(r"[^\W\d][\w.]*=")
 EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
-F = TypeVar("F", bound=Callable[..., Any])
-Pairs = tuple[tuple[str, str], ...]
 
 
 def main() -> None:
@@ -61,113 +58,6 @@ def message_of(error: Exception) -> str:
         return f"Error: {error}"
     first_line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first_line} (run with --debug for the traceback)"
-
-
-def debug_option(command: F) -> F:
-    """`--debug`, accepted before and after the subcommand; `run` reads it."""
-    option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-    return option(command)
-
-
-class ConfigType(click.ParamType):
-    """A preset's name or a config file; completes both."""
-
-    name = "config"
-
-    def __init__(self, *, files: bool) -> None:
-        self.files = files
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Presets that begin with what is typed; else files, where files are allowed."""
-        from tuner.config import PRESETS
-
-        presets = [CompletionItem(name) for name in PRESETS if name.startswith(incomplete)]
-        return presets or ([CompletionItem(incomplete, type="file")] if self.files else [])
-
-
-class SettingType(click.ParamType):
-    """`name=value`; completes the names of the chosen config's settings."""
-
-    name = "setting"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """`lr=` for `l`; nothing while the config is not there yet."""
-        from tuner.config import read_source
-        from tuner.configs.literals import settings
-
-        try:
-            known = settings(read_source(ctx.params.get("config") or ctx.params["preset"]))
-        except UserError:
-            return []
-        return [CompletionItem(f"{name}=") for name in known if name.startswith(incomplete)]
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """`lr=1e-5` -> ("lr", "1e-5")."""
-        name, equals, text = value.partition("=")
-        if not equals or not name:
-            self.fail(f"{value!r} is not of the form name=value.", param, ctx)
-        return name, text
-
-
-class TrainCommand(click.Command):
-    """Gives `--cfg-options` all the values that follow it, and `--resume` an optional one."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Rewrite both to forms that click knows."""
-        try:
-            return super().parse_args(ctx, bind_resume(repeat_cfg_options(args)))
-        except click.NoSuchOption as error:
-            raise click.UsageError(f"{error.format_message()} Settings have no dashes: lr=1e-5.", ctx) from error
-
-
-def config_arguments(command: F) -> F:
-    """`CONFIG|PRESET [NAME=VALUE]... [--cfg-options ...]`, for every command that reads a config as `train` does."""
-    options = click.option(
-        "--cfg-options",
-        multiple=True,
-        type=SettingType(),
-        metavar="A.B=VALUE ...",
-        help="Change parts of the assembly by their dotted path; several may follow.",
-    )
-    settings = click.argument("settings", nargs=-1, type=SettingType(), metavar="[NAME=VALUE]...")
-    config = click.argument("config", type=ConfigType(files=True), metavar="CONFIG|PRESET")
-    return config(settings(options(command)))
-
-
-def repeat_cfg_options(arguments: Sequence[str]) -> list[str]:
-    """`--cfg-options a=1 b=2` -> `--cfg-options=a=1 --cfg-options=b=2`."""
-    result: list[str] = []
-    taking = False
-    for position, argument in enumerate(arguments):
-        if argument == "--cfg-options":
-            taking = any(ASSIGNMENT.match(following) for following in arguments[position + 1 : position + 2])
-            if not taking:
-                result.append(argument)  # for click to say that its value is missing
-        elif taking and ASSIGNMENT.match(argument):
-            result.append(f"--cfg-options={argument}")
-        else:
-            taking = False
-            result.append(argument)
-    return result
-
-
-def bind_resume(arguments: Sequence[str]) -> list[str]:
-    """`--resume` -> `--resume=auto`, unless what follows can be a checkpoint."""
-    result: list[str] = []
-    for argument in arguments:
-        if result and result[-1] == "--resume" and is_checkpoint(argument):
-            result[-1] = f"--resume={argument}"
-        else:
-            result.append(argument)
-    return ["--resume=auto" if argument == "--resume" else argument for argument in result]
-
-
-def is_checkpoint(argument: str) -> bool:
-    """Whether the word after `--resume` is its value, and no option, setting or config."""
-    from tuner.config import PRESETS
-
-    is_config = argument.endswith(".py") or argument in PRESETS
-    return not (argument.startswith("-") or ASSIGNMENT.match(argument) or is_config)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -284,15 +174,6 @@ def refuse_unimplemented(deepspeed: str | None, launcher: str) -> None:
         raise UserError(f"--deepspeed {deepspeed}: DeepSpeed is not implemented yet; training runs on one process.")
     if launcher != "none":
         raise UserError(f"--launcher {launcher}: not implemented yet; training runs on one process, --launcher none.")
-
-
-def gather(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Pairs as a dict; the same name with two values is an error rather than a silent choice."""
-    values: dict[str, str] = {}
-    for name, text in pairs:
-        if values.setdefault(name, text) != text:
-            raise UserError(f"{name} is given twice, as {values[name]} and as {text}. Give it once.")
-    return values
 
 
 @cli.command("preview", cls=TrainCommand)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tuner import __version__
-from tuner.cli import bind_resume, repeat_cfg_options, run
+from tuner.arguments import bind_resume, repeat_cfg_options
+from tuner.cli import run
 from tuner.config import PRESETS, add_options, render
 from tuner.errors import UserError
 
