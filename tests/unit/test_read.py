@@ -129,3 +129,24 @@ def test_a_row_that_is_no_json_object_is_named_for_what_it_is(content, message):
 
 def test_whole_surrogate_pairs_are_characters():
     assert parse_row(b'{"a": "\\ud83d\\ude42"}') == {"a": "🙂"}
+
+
+KINDS = {
+    "a.jsonl": b"\xef\xbb\xbf" + b'{"text": "x"}\n\n{"text": "yy"}\r\n  \n' * 40,
+    "a.jsonl.gz": gzip.compress(b'{"text": "x"}\n\n{"text": "yy"}\n' * 40, mtime=0),
+    "a.json": b"[" + b",\n".join([b'{"text": "x"}', b'{"text": "yy"}'] * 40) + b"]",
+    "a.csv": b"text,more\n" + b'"x\ny",1\nz,2\n' * 40,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_reading_on_behind_any_chunk_gives_the_same_chunks_as_reading_from_the_begin(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(read, "CHUNK_BYTES", 100)
+    path = write(tmp_path, name, KINDS[name])
+    chunks = list(read_chunks(path))
+    assert len(chunks) > 5
+    place = read.BEGIN
+    for number, chunk in enumerate(chunks, start=1):
+        place = place.behind(chunk)
+        assert list(read_chunks(path, place)) == chunks[number:]
+    assert place.num_rows == 80
