@@ -12,12 +12,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from tuner.dataset.chat_template import CHAT_TEMPLATES, ChatTemplate, Reply, parse_reply, render
 from tuner.dataset.jinja_template import recognise, resolve_template
+from tuner.dataset.templates import JinjaTemplate, trained_with
 from tuner.dataset.tokenize import Encoder
 from tuner.errors import UserError
 from tuner.model.build import build_llm
 from tuner.model.tokenizer import build_tokenizer
 
 HELP = "Type a message. /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops a reply."
+UNKNOWN_GRAMMAR = (
+    "How this model's own template writes tool calls is not known here: they are shown as they are written."
+)
 Message = dict[str, Any]
 
 
@@ -64,7 +68,9 @@ def detect_template(model_dir: str, tokenizer: PreTrainedTokenizerFast) -> ChatT
     """The template that a conversion noted, or the one that suits the tokenizer and what it writes itself."""
     note = Path(model_dir) / "template.json"
     if note.is_file():
-        return resolve_template(json.loads(note.read_text(encoding="utf-8"))["chat_template"], tokenizer)
+        found = json.loads(note.read_text(encoding="utf-8"))
+        template = resolve_template(found["chat_template"], tokenizer)
+        return trained_with(template, found.get("parallel_tool_calls", "template"))
     if tokenizer.chat_template is not None:
         return resolve_template("auto", tokenizer)
     fitting = recognise(tokenizer)
@@ -103,7 +109,7 @@ class ChatSession:
         """Generate one assistant turn; `write` gets its visible text while it comes."""
         segments = render({"messages": messages, "tools": tools}, self.template, add_generation_prompt=True)
         prompt = torch.from_numpy(self.encoder.encode([segments])[0].ids.astype("int64"))[None].to(self.llm.device)
-        printer = ReplyPrinter(self.tokenizer, hidden=self.template.special_tokens, write=write)
+        printer = ReplyPrinter(self.tokenizer, hidden=hidden_marks(self.template), write=write)
         with torch.inference_mode():
             try:
                 self.llm.generate(
@@ -119,8 +125,15 @@ class ChatSession:
         return parse_reply(printer.text, self.template)
 
 
+def hidden_marks(template: ChatTemplate) -> tuple[str, ...]:
+    """From the first of these on a reply is not shown as it comes: its end, and calls, which are shown once read."""
+    if not isinstance(template, JinjaTemplate):
+        return template.special_tokens
+    return template.stop_tokens if template.tools is None else (*template.stop_tokens, template.tools.start)
+
+
 class ReplyPrinter(BaseStreamer):
-    """Writes text as soon as its bytes are whole; from the first special token on it keeps silent."""
+    """Writes text as soon as its bytes are whole; from the first of the `hidden` marks on it keeps silent."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, *, hidden: tuple[str, ...], write: Callable[[str], None]
@@ -170,29 +183,40 @@ def describe_call(call: dict[str, Any]) -> str:
 def converse(session: ChatSession, opening: list[Message], tools: list[dict[str, Any]]) -> None:
     """Read, reply, remember; ends at the end of the input."""
     print(HELP)
+    if tools and isinstance(session.template, JinjaTemplate) and session.template.tools is None:
+        print(UNKNOWN_GRAMMAR)
     messages, pending = list(opening), list[dict[str, Any]]()
-    while (line := ask("tool result> " if pending else "you> ")) is not None:
+    while (line := ask(f"result of {name_of(pending[0])}> " if pending else "you> ")) is not None:
         if line == "/reset":
             messages, pending = list(opening), []
             continue
         if not line:
             continue
         messages.append(as_message(line, pending))
+        pending = pending[1:]
+        if pending:
+            continue  # the model called several tools, and goes on with all of their results
         reply = session.reply(messages, tools, lambda text: print(text, end="", flush=True))
         print()
+        if reply.error:
+            print(printable(f"[{reply.error}. It was written so:]\n{reply.content}"))
         for call in reply.tool_calls:
             print(describe_call(call))
         pending = list(reply.tool_calls)
-        messages.append({"role": "assistant", "content": reply.content, "tool_calls": pending})
+        said = {"role": "assistant", "content": reply.content, "tool_calls": pending}
+        messages.append({**said, "joined": True})  # several calls stay in the one turn that the model wrote
 
 
 def as_message(line: str, pending: list[dict[str, Any]]) -> Message:
     """What was typed: the result of the tool that the model called, or the user's turn."""
     if not pending:
         return {"role": "user", "content": line}
-    call = pending[0]
-    name = call["function"]["name"] if call["type"] == "function" else "interpreter"
-    return {"role": "tool", "content": line, "name": name}
+    return {"role": "tool", "content": line, "name": name_of(pending[0])}
+
+
+def name_of(call: dict[str, Any]) -> str:
+    """The function that a call names, or the interpreter."""
+    return call["function"]["name"] if call["type"] == "function" else "interpreter"
 
 
 def ask(prompt: str) -> str | None:

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
+from jinja_families import LAST_TOOLS_FAMILY, own
 from small_tokenizer import write_directory
 
 from tuner.chat import ChatSession, ReplyPrinter, converse, describe_call, detect_template, generation, printable
-from tuner.dataset.chat_template import find_template
+from tuner.dataset.jinja_template import resolve_template
 from tuner.errors import UserError
 from tuner.model.tokenizer import build_tokenizer
 
@@ -37,10 +38,10 @@ def tokenizer(tmp_path_factory):
     return build_tokenizer(str(write_directory(tmp_path_factory.mktemp("model"))))
 
 
-def talk(tokenizer, monkeypatch, capsys, lines, replies, tools=()):
+def talk(tokenizer, monkeypatch, capsys, lines, replies, tools=(), template="internlm2"):
     """Run a whole chat on scripted input; returns what was printed and the prompts as text."""
     llm = ScriptedModel(tokenizer, replies)
-    session = ChatSession(llm, tokenizer, template=find_template("internlm2"), generation={})
+    session = ChatSession(llm, tokenizer, template=resolve_template(template, tokenizer), generation={})
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     converse(session, [], list(tools))
     prompts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in llm.prompts]
@@ -67,6 +68,42 @@ def test_a_tool_call_is_shown_and_what_is_typed_next_is_its_result(tokenizer, mo
     assert "<|action_start|>" not in out
     assert "<|im_start|>system name=<|plugin|>\n" + json.dumps([TOOLS[0]["function"]]) in prompts[0]
     assert "<|im_start|>environment name=<|plugin|>\nrefused<|im_end|>\n<|im_start|>assistant\n" in prompts[1]
+
+
+TAGGED = '<tool_call>\n{"name": "rm", "arguments": {"path": "/%s"}}\n</tool_call>'
+
+
+def test_calls_of_a_template_of_the_tokenizer_s_own_are_read_where_its_grammar_is_known(monkeypatch, capsys):
+    said = f"<think>\nTwo of them.\n</think>\n\nSure.\n{TAGGED % 'a'}\n{TAGGED % 'b'}<|im_end|>"
+    lines, replies = ["clean up", "a is gone", "b is gone"], [said, "Done.<|im_end|>"]
+    out, prompts, _ = talk(own("thinking"), monkeypatch, capsys, lines, replies, TOOLS, "jinja")
+    assert "<think>\nTwo of them.\n</think>\n\nSure.\n" in out
+    assert '[tool call, not executed] rm({"path": "/a"})\n[tool call, not executed] rm({"path": "/b"})\n' in out
+    assert "<tool_call>" not in out
+    assert "not known here" not in out
+    assert len(prompts) == 2  # the model goes on when it has both results
+    assert prompts[1].endswith(
+        f"Sure.\n{TAGGED % 'a'}\n{TAGGED % 'b'}<|im_end|>\n<|im_start|>user\n<tool_response>\na is gone\n"
+        "</tool_response>\n<tool_response>\nb is gone\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_call_that_cannot_be_read_is_shown_as_it_was_written(monkeypatch, capsys):
+    said = '<tool_call>\n{"name": "rm", "arguments": {"path": }}\n</tool_call>'
+    out, *_ = talk(own("thinking"), monkeypatch, capsys, ["clean up"], [said + "<|im_end|>"], TOOLS, "jinja")
+    assert "A tool call could not be read: Expecting value" in out
+    assert said in out
+
+
+def test_calls_in_an_unknown_grammar_are_shown_as_they_are_and_this_is_said_once(monkeypatch, capsys):
+    said = '[TOOL_CALLS] [{"name": "rm", "arguments": {"path": "/"}}]'
+    replies = [said + "</s>", "Fine.</s>"]
+    out, *_ = talk(own(LAST_TOOLS_FAMILY), monkeypatch, capsys, ["clean up", "no"], replies, TOOLS, "jinja")
+    assert out.count("How this model's own template writes tool calls is not known here") == 1
+    assert said in out
+    assert "</s>" not in out
+    quiet, *_ = talk(own(LAST_TOOLS_FAMILY), monkeypatch, capsys, ["hello"], ["Hello.</s>"], (), "jinja")
+    assert "not known here" not in quiet
 
 
 def test_what_the_user_types_never_becomes_a_special_token(tokenizer, monkeypatch, capsys):

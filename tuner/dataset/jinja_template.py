@@ -1,19 +1,31 @@
 """A tokenizer's own Jinja chat template in the place of ours: "auto" and "jinja" as names, and samples to segments."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from tuner.dataset.chat_template import Segment, render
+from tuner.dataset.chat_template import Segment, parse_reply, render
 from tuner.dataset.jinja_fences import MAX_MESSAGES, PRIVATE, texts_of
 from tuner.dataset.jinja_process import DATE, TemplateProcess
 from tuner.dataset.jinja_spans import Layout
-from tuner.dataset.messages import ROLES, Message, RowError, Sample, call_arguments, function_body, is_interpreter
+from tuner.dataset.messages import (
+    ROLES,
+    Message,
+    RowError,
+    Sample,
+    call_arguments,
+    dump,
+    function_body,
+    is_interpreter,
+)
 from tuner.dataset.rendering import chosen, message_weight
 from tuner.dataset.templates import (
     CHAT_TEMPLATES,
     TOKENIZERS_OWN,
+    TOOL_GRAMMARS,
+    ActionGrammar,
     ChatTemplate,
     JinjaTemplate,
     ToolCallGrammar,
@@ -106,20 +118,32 @@ def read_template(tokenizer: Any) -> JinjaTemplate:
     said = layout.text[span.start : span.end]
     begin = template.begin if layout.text.startswith(template.begin) else ""
     end = said[said.index("test.") + len("test.") :].strip()
-    values = {field: getattr(template, field) for field in template.__dataclass_fields__}
     header = layout.text[: span.start]
     marks = [match.start() for match in mark_pattern(template.special_tokens).finditer(header)]
-    return JinjaTemplate(
-        **values
-        | {
-            "begin": begin,
-            "before_role": "",
-            "after_role": header[marks[-1] :] if marks else header,
-            "turn_end": end,
-            "text_end": template.text_end or end,
-            "stop_tokens": tuple(dict.fromkeys([end, *filter(None, template.stop_tokens)])),
-        }
+    template = replace(
+        template,
+        begin=begin,
+        after_role=header[marks[-1] :] if marks else header,
+        turn_end=end,
+        text_end=template.text_end or end,
+        stop_tokens=tuple(dict.fromkeys([end, *filter(None, template.stop_tokens)])),
     )
+    return replace(template, tools=_tool_grammar(template))
+
+
+def _tool_grammar(template: JinjaTemplate) -> ActionGrammar | ToolCallGrammar | None:
+    """The grammar by which a call can be read from what the template makes of it; None where no known one does."""
+    if "tool_calls" not in template.jinja:
+        return None
+    talk = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    try:
+        layout = _process(template).lay_out(talk, [TOOL], (1,), False)
+    except RowError:
+        return None
+    said = layout.text[layout.spans[0].start : layout.spans[0].end]
+    call = {**CALL, "function": {**CALL["function"], "arguments": dump(CALL["function"]["arguments"])}}
+    readings = ((grammar, parse_reply(said, replace(template, tools=grammar))) for grammar in TOOL_GRAMMARS)
+    return next((grammar for grammar, reply in readings if reply.tool_calls == [call]), None)
 
 
 def _unprobed(tokenizer: Any) -> JinjaTemplate:

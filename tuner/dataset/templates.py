@@ -1,7 +1,7 @@
 """Chat templates as data: the marks of each family, its tool grammar, and the same in Jinja for exported tokenizers."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tuner.errors import UserError
@@ -61,7 +61,10 @@ class ChatTemplate:
 
 @dataclass(frozen=True, kw_only=True)
 class JinjaTemplate(ChatTemplate):
-    """A tokenizer's own template, which `jinja` holds: what it writes is found by rendering, not from these marks."""
+    """A tokenizer's own template, which `jinja` holds: what it writes is found by rendering, not from these marks.
+
+    `tools` is only for reading the model's replies: the known grammar that its calls are written in, if there is one.
+    """
 
     @property
     def prompt(self) -> str:
@@ -73,7 +76,8 @@ class JinjaTemplate(ChatTemplate):
 
 
 # Macros come first: a call renders an action turn; a system turn per kind of tool stands behind the first system turn,
-# or at the very beginning. Parallel calls become one turn each, followed by the result that answers it.
+# or at the very beginning. Parallel calls become one turn each, followed by the result that answers it, unless
+# ARRANGED_JINJA has marked them to stay together.
 INTERNLM2_JINJA = """
 {%- macro turn(role, name, content) %}
 {{- '<|im_start|>' + role + (' name=' + name if name else '') + '\\n' + content + '<|im_end|>\\n' }}
@@ -112,9 +116,16 @@ INTERNLM2_JINJA = """
 {%- set ns.open = ns.open and later.role == 'tool' %}
 {%- if ns.open %}{%- set ns.results = ns.results + [later] %}{%- endif %}
 {%- endfor %}
+{%- if message.joined %}
+{%- set ns.actions = message.content or '' %}
+{%- for call in message.tool_calls %}{%- set ns.actions = ns.actions + action(call) %}{%- endfor %}
+{{- turn('assistant', name, ns.actions) }}
+{%- endif %}
 {%- for call in message.tool_calls %}
 {%- set place = loop.index0 %}
+{%- if not message.joined %}
 {{- turn('assistant', name, ((message.content or '') if loop.first else '') + action(call)) }}
+{%- endif %}
 {%- for result in ns.results %}
 {%- set named = result.tool_call_id and call.id %}
 {%- if (named and result.tool_call_id == call.id) or (not named and loop.index0 == place) %}
@@ -129,6 +140,46 @@ INTERNLM2_JINJA = """
 {%- if loop.first and message.role == 'system' %}{{- tool_turns() }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# What messages.PARALLEL_TOOL_CALLS does before a conversation is rendered, in front of any template that reads
+# `messages`. As there, a result belongs to the call of its id, or of its place where there are no ids.
+ARRANGE_JINJA = """
+{%- set arranged = namespace(messages=[], results=[], open=true) %}
+{%- for message in messages %}
+{%- if message.tool_calls %}
+{%- set arranged.results = [] %}
+{%- set arranged.open = true %}
+{%- for later in messages[loop.index:] %}
+{%- set arranged.open = arranged.open and later.role == 'tool' %}
+{%- if arranged.open %}{%- set arranged.results = arranged.results + [later] %}{%- endif %}
+{%- endfor %}
+@whole@
+{%- for call in message.tool_calls %}
+{%- set place = loop.index0 %}
+@each@
+{%- for result in arranged.results %}
+{%- set named = result.tool_call_id and call.id %}
+{%- if (named and result.tool_call_id == call.id) or (not named and loop.index0 == place) %}
+{%- set arranged.messages = arranged.messages + [result] %}
+{%- endif %}
+{%- endfor %}
+{%- endfor %}
+{%- elif message.role != 'tool' %}
+{%- set arranged.messages = arranged.messages + [message] %}
+{%- endif %}
+{%- endfor %}
+{%- set messages = arranged.messages %}
+"""
+SPLIT_JINJA = """
+{%- set words = message.content if loop.first else '' %}
+{%- set arranged.messages = arranged.messages + [dict(message, content=words, tool_calls=[call])] %}"""
+JOIN_JINJA = """
+{%- set together = message.tool_calls | length > 1 %}
+{%- set arranged.messages = arranged.messages + [dict(message, joined=together)] %}"""
+ARRANGED_JINJA = {
+    "split": ARRANGE_JINJA.replace("\n@whole@", "").replace("\n@each@", SPLIT_JINJA).strip() + "\n",
+    "join": ARRANGE_JINJA.replace("\n@whole@", JOIN_JINJA).replace("\n@each@", "").strip() + "\n",
+}
 
 TOOL_CALL_JINJA = """
 {%- set system = messages[0].content if messages and messages[0].role == 'system' else '@default_system@' %}
@@ -200,6 +251,8 @@ QWEN_TOOLS = ToolCallGrammar(
     after_result="\n</tool_response>",
     result_role="user",
 )
+
+TOOL_GRAMMARS = (INTERNLM2_TOOLS, QWEN_TOOLS)
 
 
 def _chatml(name: str, *, default_system: str, text_end: str) -> ChatTemplate:
@@ -290,3 +343,17 @@ def find_template(name: str) -> ChatTemplate:
         allowed = sorted(TEMPLATE_NAMES)
         raise UserError(f"Unknown chat_template {name!r}; allowed: {allowed}.{nearest(name, allowed)}")
     return CHAT_TEMPLATES[name]
+
+
+def trained_with(template: ChatTemplate, parallel_tool_calls: str) -> ChatTemplate:
+    """The template of a model that was trained with this setting: its Jinja writes calls so, and they can be generated.
+
+    What it renders for a sample is as before: there the setting is applied to the messages.
+    """
+    if isinstance(template.tools, ActionGrammar) and parallel_tool_calls != "join":
+        return template  # it gives each call a turn by itself
+    jinja = ARRANGED_JINJA.get(parallel_tool_calls, "") + template.jinja
+    stops = template.stop_tokens
+    if isinstance(template.tools, ActionGrammar):
+        stops = tuple(token for token in stops if token != template.tools.end)  # another call may follow
+    return replace(template, jinja=jinja, stop_tokens=stops)
