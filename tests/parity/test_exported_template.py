@@ -1,19 +1,24 @@
 """A converted tokenizer's own chat template gives the ids of training, on every real file, tools included."""
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_samples import bytelevel
+from chat_samples import bytelevel, made_row
+from jinja_families import own
 from test_chat_internlm2 import glaive_rows
 from transformers import PreTrainedTokenizerFast
 
 from tuner.convert.to_hf import write_tokenizer
 from tuner.dataset.chat_template import CHAT_TEMPLATES, render
 from tuner.dataset.formats import FORMATS, RowError
-from tuner.dataset.messages import Sample, call_arguments
+from tuner.dataset.messages import PARALLEL_TOOL_CALLS, Sample, call_arguments, function_body, is_interpreter
+from tuner.dataset.rendering import Rendering
+from tuner.dataset.sample_encoder import SampleEncoder
+from tuner.dataset.templates import trained_with
 from tuner.dataset.tokenize import Encoder
 from tuner.model.tokenizer import build_tokenizer
 
@@ -97,25 +102,83 @@ def toolbench_example(data: Path) -> Iterator[Sample]:
 READERS = {read.__name__: read for read in (glaive_toolcall, bfcl, gsm8k, gpteacher, toolbench_example)}
 
 
-def converted(tokenizer: PreTrainedTokenizerFast, name: str, directory: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer as `tuner convert` leaves it for others."""
+def converted(
+    tokenizer: PreTrainedTokenizerFast, name: str, directory: Path, calls: str = "template"
+) -> PreTrainedTokenizerFast:
+    """The tokenizer as `tuner convert` leaves it for others, of a model trained with parallel_tool_calls=`calls`."""
     source, out = directory / "source", directory / "out"
     tokenizer.save_pretrained(source)
-    (source / "template.json").write_text(json.dumps({"chat_template": name}))
+    (source / "template.json").write_text(json.dumps({"chat_template": name, "parallel_tool_calls": calls}))
     out.mkdir()
     write_tokenizer(source, out)
     return build_tokenizer(str(out))
 
 
-def differing(tokenizer: PreTrainedTokenizerFast, encoder: Encoder, samples: list[Sample], name: str) -> list[int]:
+def differing(
+    tokenizer: PreTrainedTokenizerFast, encoder: Encoder, samples: list[Sample], name: str, calls: str = "template"
+) -> list[int]:
     """The places of the samples whose ids differ between training and the tokenizer's own chat template."""
-    documents = encoder.encode([render(sample, CHAT_TEMPLATES[name]) for sample in samples])
+    arrange = PARALLEL_TOOL_CALLS[calls]
+    arranged = [{**sample, "messages": arrange(sample["messages"])} for sample in samples]
+    documents = encoder.encode([render(sample, CHAT_TEMPLATES[name]) for sample in arranged])
     different = []
     for place, (sample, document) in enumerate(zip(samples, documents, strict=True)):
         tools = sample.get("tools") or None
         ids = tokenizer.apply_chat_template(sample["messages"], tools=tools, tokenize=True, return_dict=False)
         different += [place] if ids != document.ids.tolist() else []
     return different
+
+
+def with_parallel_calls(*, interpreter: bool) -> list[Sample]:
+    """Made conversations; the results of parallel calls come in any order, and belong to their calls by their ids."""
+    rng = random.Random(5)
+    samples: list[Sample] = []
+    while len(samples) < 60:
+        sample = FORMATS["openai"](made_row(rng, tools=True, interpreter=interpreter))
+        calls = [message["tool_calls"] for message in sample["messages"] if message.get("tool_calls")]
+        if any(len(set(map(is_interpreter, group))) > 1 for group in calls):
+            continue  # cannot be joined
+        samples.append(sample)
+    assert sum(len(m.get("tool_calls") or []) > 1 for sample in samples for m in sample["messages"]) > 20
+    return samples
+
+
+@pytest.mark.parametrize("calls", ["template", "split", "join"])
+@pytest.mark.parametrize("name", ["internlm2", "qwen2.5", "chatml"])
+def test_a_template_goes_with_how_parallel_calls_were_trained(name: str, calls: str, tmp_path: Path):
+    samples = with_parallel_calls(interpreter=name == "internlm2")
+    tokenizer = converted(bytelevel(name), name, tmp_path, calls)
+    encoder = Encoder.from_tokenizer(tokenizer, CHAT_TEMPLATES[name])
+    assert differing(tokenizer, encoder, samples, name, calls) == []
+    others = {"internlm2": "join", "qwen2.5": "split", "chatml": "split"}
+    if calls != others[name]:
+        assert differing(tokenizer, encoder, samples, name, others[name]), "the other way has other ids"
+
+
+def test_a_tokenizer_s_own_template_goes_with_the_setting(tmp_path: Path):
+    tokenizer = converted(own("thinking"), "jinja", tmp_path, "split")
+    rows = SampleEncoder.from_tokenizer(own("thinking"), Rendering("jinja", parallel_tool_calls="split"))
+    samples = with_parallel_calls(interpreter=False)[:20]
+    for sample, document in zip(samples, rows.encode(list(map(rows.segments, samples))), strict=True):
+        plain = [{key: value for key, value in message.items() if key != "loss"} for message in sample["messages"]]
+        tools = [{"type": "function", "function": function_body(tool)} for tool in sample["tools"]]
+        text = tokenizer.apply_chat_template(plain, tools=tools, tokenize=False)
+        assert text == tokenizer.decode(document.ids)
+
+
+def test_a_model_that_joins_calls_does_not_stop_behind_the_first():
+    stops = {calls: trained_with(CHAT_TEMPLATES["internlm2"], calls).stop_tokens for calls in PARALLEL_TOOL_CALLS}
+    assert "<|action_end|>" not in stops.pop("join")
+    assert set(stops.values()) == {CHAT_TEMPLATES["internlm2"].stop_tokens}
+
+
+@pytest.mark.parametrize("calls", ["split", "join"])
+def test_real_parallel_calls_have_the_ids_of_training(calls: str, shared_data: Path, tmp_path: Path):
+    samples = [s for s in bfcl(shared_data) if any(len(m.get("tool_calls") or []) > 1 for m in s["messages"])][::4]
+    assert len(samples) > 50
+    tokenizer = converted(build_tokenizer(str(shared_data / "internlm2-7b-hub")), "internlm2", tmp_path, calls)
+    encoder = Encoder.from_tokenizer(tokenizer, CHAT_TEMPLATES["internlm2"])
+    assert differing(tokenizer, encoder, samples, "internlm2", calls) == []
 
 
 @pytest.fixture(scope="module")

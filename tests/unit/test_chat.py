@@ -146,6 +146,21 @@ def test_the_template_is_found_from_the_note_or_from_the_special_tokens(tokenize
     assert detect_template(str(tmp_path), tokenizer).name == "llama3"
 
 
+def test_a_model_that_calls_several_tools_in_a_turn_goes_on_as_it_was_trained(tokenizer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "template.json").write_text('{"chat_template": "internlm2", "parallel_tool_calls": "join"}')
+    assert "<|action_end|>" not in detect_template(str(tmp_path), tokenizer).stop_tokens
+    calls = [CALL.removesuffix("<|im_end|>").replace('"/"', f'"{path}"') for path in "ab"]
+    lines = ["clean up", "a is gone", "b is gone"]
+    _, prompts, _ = talk(
+        tokenizer, monkeypatch, capsys, lines, ["".join(calls) + "<|im_end|>", "Done.<|im_end|>"], TOOLS
+    )
+    result = "<|im_start|>environment name=<|plugin|>\n{} is gone<|im_end|>\n"
+    assert prompts[1].endswith(
+        f"<|im_start|>assistant\n{''.join(calls)}<|im_end|>\n{result.format('a')}{result.format('b')}"
+        "<|im_start|>assistant\n"
+    )
+
+
 def test_a_negative_temperature_is_refused():
     with pytest.raises(UserError, match=r"temperature=-1.*Use 0"):
         generation(16, -1)

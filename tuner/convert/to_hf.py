@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tuner.dataset.jinja_template import resolve_template
-from tuner.dataset.templates import ChatTemplate
+from tuner.dataset.templates import ChatTemplate, trained_with
 from tuner.engine.checkpoint import find_checkpoint, verify_checkpoint
 from tuner.errors import UserError
 from tuner.model.tokenizer import build_tokenizer
@@ -103,8 +103,11 @@ def write_remote_code(source: Path, out: Path) -> None:
 
 def read_template(source: Path) -> ChatTemplate | None:
     """The chat template that the run was trained with, if it had one."""
-    name = json.loads((source / "template.json").read_text(encoding="utf-8"))["chat_template"]
-    return resolve_template(name, build_tokenizer(str(source))) if name else None
+    note = json.loads((source / "template.json").read_text(encoding="utf-8"))
+    if not note["chat_template"]:
+        return None
+    template = resolve_template(note["chat_template"], build_tokenizer(str(source)))
+    return trained_with(template, note.get("parallel_tool_calls", "template"))  # older checkpoints have no such note
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
