@@ -1,8 +1,10 @@
 """Training from a config's text to a trained checkpoint: check, prepare the data, build, run."""
 
+import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,8 +17,12 @@ from tuner.engine.checkpoint import write_text_atomically
 from tuner.engine.machine import set_num_threads
 from tuner.engine.randomness import seed_everything
 from tuner.engine.runner import Parts, Runner, RunRecord
-from tuner.engine.work_dir import choose_checkpoint, locked, write_config
+from tuner.engine.strategy import Strategy
+from tuner.engine.together import from_first
+from tuner.engine.work_dir import check_shared, choose_checkpoint, locked, write_config
+from tuner.engine.world import World, joined, read_world
 from tuner.errors import UserError
+from tuner.parallel.mesh import Layout, arrange, build_mesh
 
 
 def train(source: str, *, work_dir: Path, resume: str | None = None, name: str = "config.py") -> Path:
@@ -34,39 +40,86 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
     config = loads(source, name)
     check(config)
     settings = {key: setting.value for key, setting in literals.settings(source, name).items()}
-    work_dir = work_dir.resolve()
-    with locked(work_dir):
-        checkpoint = choose_checkpoint(work_dir, resume)
-        write_config(work_dir, source, checkpoint is not None)
-        build_runner(config, source, settings, work_dir=work_dir, checkpoint=checkpoint).train()
+    work_dir, world = work_dir.resolve(), read_world()
+    with locked(work_dir) if world.is_first else nullcontext():
+        checkpoint = choose_checkpoint(work_dir, resume) if world.is_first else None
+        if world.is_first:
+            write_config(work_dir, source, checkpoint is not None)
+        prepared = prepare(config, world)
+        with joined(world, prepared.strategy.device):
+            checkpoint = from_first(checkpoint, world)
+            check_shared(work_dir, world)
+            prepared.strategy.place(world, build_mesh(prepared.strategy.degrees))
+            build_runner(config, prepared, source, settings, work_dir=work_dir, checkpoint=checkpoint).train()
+        if world.is_first:
+            save_ledger(prepared.dataloader, work_dir)  # a stream's has grown
     return work_dir
 
 
-def build_runner(
-    config: Any, source: str, settings: dict[str, Any], *, work_dir: Path, checkpoint: Path | None = None
-) -> Runner:
-    """Data first (it may take hours and fail on a row), then weights, then the frame around them."""
+class Prepared(NamedTuple):
+    """What takes long, may fail on a row, and needs no other rank."""
+
+    assembly: Assembly
+    strategy: Strategy
+    tokenizer: PreTrainedTokenizerBase
+    dataloader: DataLoader
+
+
+def prepare(config: Any, world: World) -> Prepared:
+    """Tokenise and pack; no process group exists yet, so nobody's patience ends however long it takes."""
     if "tokenizer" not in config:
         raise UserError("The config needs its tokenizer by name: tokenizer = dict(type=build_tokenizer, path=...).")
-    assembly, seed = Assembly(config), config.get("seed", 0)
-    set_num_threads()
-    seed_everything(seed)
+    assembly = Assembly(config)
+    strategy = assembly.build(config.strategy)
+    layout = arrange(world.size, strategy.degrees)
+    set_num_threads(world.local_size)
+    seed_everything(config.get("seed", 0))
     tokenizer = assembly.build(config.tokenizer)
-    dataloader = assembly.build(config.train_dataloader)
-    save_ledger(dataloader, work_dir)
+    node = share_of_rank(config.train_dataloader, layout, world.rank, strategy.degrees.size)
+    return Prepared(assembly, strategy, tokenizer, assembly.build(node))
+
+
+def share_of_rank(dataloader: Any, layout: Layout, rank: int, num_parts: int) -> Any:
+    """The dataloader's node for one rank: those that share a sequence get the same packs, of a length that divides."""
+    node = copy.deepcopy(dataloader)
+    if len(layout.sequence) > 1:
+        node.rank = next(place for place, members in enumerate(layout.sequence) if rank in members)
+        node.num_ranks = len(layout.sequence)
+    if num_parts > 1:
+        node.dataset.pad_to_multiple_of = num_parts
+    return node
+
+
+def build_runner(
+    config: Any,
+    prepared: Prepared,
+    source: str,
+    settings: dict[str, Any],
+    *,
+    work_dir: Path,
+    checkpoint: Path | None = None,
+) -> Runner:
+    """Weights, then the frame around them."""
+    assembly, strategy, tokenizer, dataloader = prepared
+    world, seed = strategy.world, config.get("seed", 0)
+    if world.is_first:
+        save_ledger(dataloader, work_dir)
     model = assembly.build(config.model)
     check_vocabulary(tokenizer, model.llm)
+    if strategy.degrees.size > 1:
+        model.cut_sequences(strategy.mesh)
     parts = Parts(
         model=model,
         dataloader=dataloader,
         optim_wrapper=config.optim_wrapper,
         schedule=assembly.build(config.param_scheduler),
-        strategy=assembly.build(config.strategy),
+        strategy=strategy,
         train_cfg=config.train_cfg,
         hooks=assembly.build(config.get("custom_hooks", [])),
     )
     record = RunRecord(source, json.loads(json.dumps(settings)), tokenizer, settings.get("chat_template"))
-    seed_everything(seed)  # what building drew depends on the model's code; what training draws should not
+    # what building drew depends on the model's code, and what training draws should not; ranks drop other units
+    seed_everything(seed + world.rank)
     return Runner(parts, record, work_dir=work_dir, checkpoint=checkpoint)
 
 

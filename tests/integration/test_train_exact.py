@@ -8,7 +8,7 @@ from torch.optim import SGD, AdamW
 from tuner.dataset.collate import collate
 from tuner.dataset.tokenize import Document
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.strategy import SingleDevice
+from tuner.engine.replicated import Replicated
 from tuner.method.sft import SFT
 from tuner.model.build import AutoModelForCausalLM
 from tuner.model.internlm2.configuration import InternLM2Config
@@ -55,7 +55,7 @@ def step(
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(config, attn_implementation="tuner_sdpa").double()
     before = {name: weight.detach().clone() for name, weight in llm.named_parameters()}
-    strategy = SingleDevice(precision="fp32", device="cpu")
+    strategy = Replicated(precision="fp32", device="cpu")
     wrapper = {"optimizer": optimizer, "clip_grad": {"max_norm": 0.5 if optimizer["type"] is AdamW else None}}
     schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
     strategy.prepare(SFT(llm), optim_wrapper=wrapper, param_scheduler=schedule, num_steps=100)

@@ -17,7 +17,7 @@ from tuner.engine.loop import TrainLoop
 from tuner.engine.randomness import seed_everything
 from tuner.engine.runner import Parts, Runner, RunRecord
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.strategy import SingleDevice
+from tuner.engine.replicated import Replicated
 
 VOCABULARY = 64
 
@@ -72,6 +72,7 @@ class Steps(Sampler):
     def __init__(self, dataset: Documents, num_accumulation_steps: int, num_epochs: int) -> None:
         self.dataset, self.num_epochs, self.start = dataset, num_epochs, 0
         self.per_step = 2 * num_accumulation_steps
+        self.packs_per_step = num_accumulation_steps
         self.per_epoch = len(dataset.tokens) // self.per_step
 
     def __len__(self) -> int:
@@ -86,6 +87,9 @@ class Steps(Sampler):
         chosen = order[position * self.per_step : (position + 1) * self.per_step]
         packs = [chosen[at : at + 2] for at in range(0, self.per_step, 2)]
         return Plan(step, epoch, packs, sum(self.dataset.num_loss_tokens[index] for index in chosen))
+
+    def of_all_ranks(self, step: int) -> Plan:
+        return self.plan(step)
 
     def __iter__(self) -> Iterator[Plan]:
         return (self.plan(step) for step in range(self.start, len(self)))
@@ -133,7 +137,7 @@ def make_runner(
     settings: dict[str, Any] | None = None,
     num_epochs: int = 2,
     attention_dropout: float = 0.0,
-    strategy: SingleDevice | None = None,
+    strategy: Replicated | None = None,
     llm: nn.Module | None = None,
 ) -> Runner:
     """6 steps of 3 micro-batches over two epochs, all objects new, unless told otherwise."""
@@ -147,7 +151,7 @@ def make_runner(
         dataloader=DataLoader(dataset, sampler=sampler, batch_size=None),
         optim_wrapper={"optimizer": {"type": AdamW, "lr": 1e-2}, "clip_grad": {"max_norm": 1.0}},
         schedule=WarmupCosine(warmup_ratio=0.3, min_lr_ratio=0.1),
-        strategy=strategy or SingleDevice(precision="fp32"),
+        strategy=strategy or Replicated(precision="fp32"),
         train_cfg={"type": TrainLoop},
         hooks=[MetricsHook(interval=1), CheckpointHook(interval=3)] if hooks is None else hooks,
     )

@@ -19,7 +19,7 @@ from tuner.engine import sample_chat, saving
 from tuner.engine.checkpoint import checkpoint_path, list_checkpoints, verify_checkpoint
 from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
 from tuner.engine.loop import NonFiniteError
-from tuner.engine.strategy import SingleDevice
+from tuner.engine.replicated import Replicated
 from tuner.errors import UserError
 
 
@@ -91,7 +91,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatc
     second = interrupted(tmp_path / "resumed", step, monkeypatch, chat, **keywords)
     assert trace(first) == trace(second)
     assert [row[0] for row in trace(first)] == [1, 2, 3, 4, 5, 6]
-    for name in ("model-00000-of-00001.safetensors", "optimizer.safetensors", "rng.json"):
+    for name in ("model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors", "rng-00000.json"):
         ours, theirs = (checkpoint_path(path, 6) / name for path in (first, second))
         assert ours.read_bytes() == theirs.read_bytes(), name
 
@@ -102,7 +102,7 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", large)
 
     def strategy():
-        return SingleDevice(precision="fp16")
+        return Replicated(precision="fp16")
 
     def run(work_dir, hooks, checkpoint=None):
         make_runner(work_dir, hooks=hooks, strategy=strategy(), checkpoint=checkpoint).train()
@@ -130,7 +130,7 @@ def test_sampled_chat_changes_no_bit_of_training(tmp_path, monkeypatch):
         hooks = [MetricsHook(interval=9), CheckpointHook(interval=None), *extra]
         make_runner(tmp_path / name, hooks=hooks, attention_dropout=0.3).train()
     assert trace(tmp_path / "silent") == trace(tmp_path / "chatty")
-    for name in ("model-00000-of-00001.safetensors", "optimizer.safetensors", "rng.json"):
+    for name in ("model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors", "rng-00000.json"):
         files = [checkpoint_path(tmp_path / run, 6) / name for run in ("silent", "chatty")]
         assert files[0].read_bytes() == files[1].read_bytes()
     samples = [json.loads(line) for line in (tmp_path / "chatty" / "samples.jsonl").read_text().splitlines()]
@@ -157,14 +157,15 @@ def test_a_checkpoint_has_everything_and_no_pickle(tmp_path):
     verify_checkpoint(path)
     names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     assert names >= {
-        "model-00000-of-00001.safetensors", "optimizer.safetensors", "state.json", "rng.json", "config.py",
+        "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors", "state.json", "rng-00000.json", "config.py",
         "manifest.json", "hf/config.json", "hf/generation_config.json", "hf/tokenizer.json", "hf/template.json",
     }  # fmt: skip
     assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".py"}
     assert set(load_file(path / "model-00000-of-00001.safetensors")) == {
         name for name, _ in tiny_llm().named_parameters()
     }
-    assert json.loads((path / "hf" / "template.json").read_text()) == {"chat_template": "internlm2"}
+    note = json.loads((path / "hf" / "template.json").read_text())
+    assert note == {"chat_template": "internlm2", "parallel_tool_calls": "template"}
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -184,7 +185,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "name", ["model-00000-of-00001.safetensors", "optimizer.safetensors", "state.json", "rng.json"]
+    "name", ["model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors", "state.json", "rng-00000.json"]
 )
 def test_a_damaged_checkpoint_is_refused_with_the_file_named(tmp_path, name):
     make_runner(tmp_path).train()

@@ -7,8 +7,9 @@ import torch
 from stub_training import Documents, SeparateSFT, tiny_llm
 from torch.optim import SGD, AdamW
 
+from tuner.engine.replicated import Replicated
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.strategy import NonFiniteStepError, SingleDevice
+from tuner.engine.strategy import NonFiniteStepError
 from tuner.errors import UserError
 
 INFINITE = 10**9  # so many steps that the schedule stays at its peak
@@ -16,7 +17,7 @@ NO_SCHEDULE = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
 
 
 def prepared(llm, optimizer, *, precision="fp32", max_norm=None, schedule=NO_SCHEDULE, num_steps=INFINITE):
-    strategy = SingleDevice(precision=precision, device="cpu")
+    strategy = Replicated(precision=precision, device="cpu")
     wrapper = {"optimizer": optimizer, "clip_grad": {"max_norm": max_norm}}
     strategy.prepare(SeparateSFT(llm), optim_wrapper=wrapper, param_scheduler=schedule, num_steps=num_steps)
     return strategy
@@ -162,7 +163,7 @@ def test_fp16_skips_a_step_whose_gradient_overflows_and_halves_the_loss_scale():
 
 def test_mistakes_in_the_settings_are_named():
     with pytest.raises(UserError, match=r"precision='bf8' is unknown.*fp32, bf16, fp16"):
-        SingleDevice(precision="bf8")
+        Replicated(precision="bf8")
     with pytest.raises(UserError, match="AdamW has no argument 'momentum'"):
         prepared(tiny_llm(), {"type": AdamW, "lr": 1.0, "momentum": 0.9})
     with pytest.raises(UserError, match="max_norm=-1"):

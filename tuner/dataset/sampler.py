@@ -85,14 +85,14 @@ class StepSampler:
             raise UserError(f"{', '.join(wrong)}: expected at least 1.")
         assert 0 <= rank < num_ranks, (rank, num_ranks)
         self._dataset = dataset
-        self._packs_per_step = num_accumulation_steps * num_ranks
+        self.packs_per_step = num_accumulation_steps * num_ranks
         self._rank, self._num_ranks = rank, num_ranks
         if isinstance(dataset, Streamed):
             if max_steps is None:
                 raise UserError(ENDLESS)
             self._num_steps = max_steps
         else:
-            self.steps_per_epoch = -(-dataset.num_packs // self._packs_per_step)
+            self.steps_per_epoch = -(-dataset.num_packs // self.packs_per_step)
             self._num_steps = max_steps if max_steps is not None else num_epochs * self.steps_per_epoch
         self._start = 0
 
@@ -111,20 +111,23 @@ class StepSampler:
 
     def plan(self, step: int) -> StepPlan:
         """What this rank does in a step: every `num_ranks`-th pack of the step's, in constant time within an epoch."""
-        if isinstance(self._dataset, Streamed):
-            taken = self._dataset.step_packs(step, self._packs_per_step)
-        else:
-            taken = self._of_epoch(self._dataset, step)
+        taken = self.of_all_ranks(step)
         num_micro_batches = -(-len(taken.packs) // self._num_ranks)
         mine = [tuple(pack.tolist()) for pack in taken.packs[self._rank :: self._num_ranks]]
         mine += [()] * (num_micro_batches - len(mine))
         return StepPlan(step, taken.epoch, tuple(mine), taken.num_loss_tokens)
 
+    def of_all_ranks(self, step: int) -> StepPacks:
+        """What all ranks together take in a step; it depends on `packs_per_step`, not on how many ranks share them."""
+        if isinstance(self._dataset, Streamed):
+            return self._dataset.step_packs(step, self.packs_per_step)
+        return self._of_epoch(self._dataset, step)
+
     def _of_epoch(self, dataset: Packed, step: int) -> StepPacks:
         epoch, place = divmod(step, self.steps_per_epoch)
         packs = dataset.packs(epoch)
-        first = place * self._packs_per_step
-        last = min(first + self._packs_per_step, len(packs))
+        first = place * self.packs_per_step
+        last = min(first + self.packs_per_step, len(packs))
         documents = packs.documents[packs.edges[first] : packs.edges[last]]
         num_loss_tokens = dataset.num_loss_tokens[documents].sum().item()
         return StepPacks(epoch, [packs[number] for number in range(first, last)], num_loss_tokens)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuner.dataset.cache import hash_file, sync
+from tuner.engine.together import all_or_none
+from tuner.engine.world import ALONE, World
 from tuner.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -62,27 +64,38 @@ def find_checkpoint(path: Path) -> Path:
 
 
 @contextmanager
-def publishing(work_dir: Path, step: int) -> Iterator[Path]:
-    """A draft directory to write into; at the end of the block it becomes the newest checkpoint.
+def publishing(work_dir: Path, step: int, world: World = ALONE) -> Iterator[Path]:
+    """A draft directory for all ranks to write into; at the end of the block it becomes the newest checkpoint.
 
-    Until the rename nothing under `checkpoints/` that others look at changes; a failure removes the draft.
+    Until the rename nothing under `checkpoints/` that others look at changes; a failure removes the draft. What fails
+    on one rank must fail on all (`all_or_none`) before the block ends.
     """
     home = checkpoints_directory(work_dir)
     final = checkpoint_path(work_dir, step)
     draft = home / f".draft_{final.name}"
-    home.mkdir(parents=True, exist_ok=True)
+    with all_or_none(world, (OSError,)):
+        if world.is_first:
+            begin_draft(draft, final)
+    try:
+        yield draft
+        with all_or_none(world, (OSError,)):
+            if world.is_first:
+                seal(draft)
+                draft.rename(final)
+                write_text_atomically(home / "latest", final.name + "\n")
+    except BaseException:
+        if world.is_first:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def begin_draft(draft: Path, final: Path) -> None:
+    """An empty directory; an OSError where the checkpoint is there already."""
+    draft.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
         raise FileExistsError(f"{final} is there already")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    try:
-        yield draft
-        seal(draft)
-        draft.rename(final)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    write_text_atomically(home / "latest", final.name + "\n")
 
 
 def seal(directory: Path) -> None:

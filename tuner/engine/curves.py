@@ -26,7 +26,7 @@ class CurvesHook(Hook):
     def after_run(self, runner: "Runner") -> None:
         """Read the whole run's metrics, those before a resume too."""
         path = Path(runner.work_dir) / METRICS
-        if not path.exists():
+        if not runner.strategy.world.is_first or not path.exists():
             return
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not rows:

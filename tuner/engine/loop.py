@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from tuner.engine.checkpoint import list_checkpoints, write_text_atomically
 from tuner.engine.randomness import random_state_kept
 from tuner.engine.strategy import NonFiniteStepError
+from tuner.engine.together import gather_objects
 from tuner.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,10 +60,12 @@ class TrainLoop(BaseLoop):
 
     def _report(self, step: int, error: NonFiniteStepError) -> NonFiniteError:
         """Save what was in the batch of `step` (counted from 0)."""
-        path = Path(self.runner.work_dir) / f"nonfinite_step_{step}.json"
-        documents = self.dataloader.dataset.document_ids(self.dataloader.sampler.plan(step))
-        report = {"step": step, "problem": str(error), "documents": documents}
-        write_text_atomically(path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        path, world = Path(self.runner.work_dir) / f"nonfinite_step_{step}.json", self.runner.strategy.world
+        own = self.dataloader.dataset.document_ids(self.dataloader.sampler.plan(step))
+        documents = list(dict.fromkeys(chain.from_iterable(gather_objects(own, world))))
+        if world.is_first:
+            report = {"step": step, "problem": str(error), "documents": documents}
+            write_text_atomically(path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         remedy = "go on with --resume" if list_checkpoints(Path(self.runner.work_dir)) else "start again"
         return NonFiniteError(
             f"Step {step} of {self.num_steps} is not finite ({error}); training stopped, no checkpoint was written. "

@@ -84,7 +84,7 @@ def usable_cpus() -> int:
     return usable
 
 
-def set_num_threads() -> None:
-    """As many torch threads as usable CPUs, unless OMP_NUM_THREADS says otherwise."""
+def set_num_threads(num_processes: int = 1) -> None:
+    """As many torch threads as each process of this node has usable CPUs, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(usable_cpus())
+        torch.set_num_threads(max(1, usable_cpus() // num_processes))

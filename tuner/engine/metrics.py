@@ -33,6 +33,9 @@ class MetricsHook(Hook):
 
     def before_train(self, runner: "Runner") -> None:
         """Open the files, cutting off what a lost stretch of an earlier run left beyond the resumed step."""
+        self.writes = runner.strategy.world.is_first
+        if not self.writes:
+            return
         work_dir = Path(runner.work_dir)
         step = runner.strategy.step
         self.peak = peak_rate(runner.strategy.device)
@@ -48,6 +51,8 @@ class MetricsHook(Hook):
         self, runner: "Runner", batch_idx: int, data_batch: Sequence[Any], outputs: StepResult
     ) -> None:
         """Write what the step did."""
+        if not self.writes:
+            return
         row = self._row(runner, outputs)
         self.file.write(json.dumps(row) + "\n")
         for name in CHARTED:
@@ -59,6 +64,8 @@ class MetricsHook(Hook):
 
     def after_run(self, runner: "Runner") -> None:
         """Close the files."""
+        if not self.writes:
+            return
         self.file.close()
         self.board.close()
 
@@ -66,7 +73,7 @@ class MetricsHook(Hook):
         loop, strategy = runner.train_loop, runner.strategy
         done, num_steps = strategy.step, loop.num_steps
         seconds_per_step = (time.perf_counter() - self.started) / (done - self.first_step)
-        mfu, hfu = self._utilisation(result, loop.step_seconds)
+        mfu, hfu = self._utilisation(result, loop.step_seconds * strategy.world.size)
         return {
             "step": done,
             "num_steps": num_steps,
@@ -79,6 +86,7 @@ class MetricsHook(Hook):
             "num_loss_tokens": result.num_loss_tokens,
             "trained_tokens": loop.num_loss_tokens,
             "tokens_per_second": result.num_tokens / loop.step_seconds,
+            "tokens_per_second_per_device": result.num_tokens / loop.step_seconds / strategy.world.size,
             "mfu": mfu,
             "hfu": hfu,
             "memory_bytes": peak_memory(strategy.device),
@@ -88,7 +96,7 @@ class MetricsHook(Hook):
         }
 
     def _utilisation(self, result: StepResult, seconds: float) -> tuple[float | None, float | None]:
-        """MFU and HFU of a step."""
+        """MFU and HFU of a step that took so many seconds of all devices together."""
         if self.matmuls is None:
             return None, None
         counts = (self.matmuls, result.num_tokens, result.sum_squared_lengths, result.num_loss_tokens)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.snapshot import load_snapshot
-from tuner.engine.strategy import SingleDevice
+from tuner.engine.strategy import Strategy
 
 DEFAULT_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
 
@@ -38,7 +38,7 @@ class Parts:
     dataloader: DataLoader
     optim_wrapper: Mapping[str, Any]
     schedule: WarmupCosine
-    strategy: SingleDevice
+    strategy: Strategy
     train_cfg: dict[str, Any]
     hooks: Sequence[Hook]
 
@@ -54,7 +54,8 @@ class Runner(FlexibleRunner):
         # the names under which FlexibleRunner asks a strategy for its own fields
         strategy._experiment_name = strategy._timestamp = work_dir.name
         strategy._log_dir = strategy._work_dir = str(work_dir)
-        strategy._launcher, strategy._distributed, strategy._rank, strategy._world_size = "none", False, 0, 1
+        strategy._launcher, strategy._distributed = "none", strategy.world.size > 1
+        strategy._rank, strategy._world_size = strategy.world.rank, strategy.world.size
         strategy.logger = logging.getLogger("tuner.mmengine")
         super().__init__(
             parts.model,

@@ -56,7 +56,9 @@ class SampleChatHook(Hook):
         if not self.interval or not self.prompts or step % self.interval:
             return
         for prompt, ids in zip(self.prompts, self.inputs):
-            reply = self._reply(runner, ids)
+            reply = self._reply(runner, ids)  # on all ranks: none may hold all of the weights
+            if not runner.strategy.world.is_first:
+                continue
             print(f"  sample at step {step} | {shown(prompt)}\n    > {reply}", flush=True)
             row = json.dumps({"step": step, "prompt": prompt, "reply": reply}, ensure_ascii=False)
             with (Path(runner.work_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from tuner.engine.checkpoint import list_checkpoints, prune
 from tuner.engine.snapshot import save_snapshot
 from tuner.engine.strategy import NonFiniteStepError, StepResult
+from tuner.engine.together import PeerError, all_or_none
 from tuner.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,21 +45,25 @@ class CheckpointHook(Hook):
             self._save(runner, is_last)
 
     def _save(self, runner: "Runner", is_last: bool) -> None:
-        work_dir = Path(runner.work_dir)
+        work_dir, world = Path(runner.work_dir), runner.strategy.world
         started = time.perf_counter()
         try:
             checkpoint = save_snapshot(runner)
-            prune(work_dir, self.keep)
+            with all_or_none(world, (OSError,)):
+                if world.is_first:
+                    prune(work_dir, self.keep)
         except NonFiniteStepError as error:
             raise UserError(f"{error} is not finite: no checkpoint was written. {newest(work_dir)}.") from error
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, PeerError) as error:
             problem = describe_failure(work_dir, runner.strategy.step, error)
             if is_last:
                 raise UserError(problem) from error
-            print(f"warning: {problem} Training goes on.", file=sys.stderr, flush=True)
+            if world.is_first:
+                print(f"warning: {problem} Training goes on.", file=sys.stderr, flush=True)
             return
-        size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-        print(f"saved {checkpoint} ({size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s)", flush=True)
+        if world.is_first:
+            size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+            print(f"saved {checkpoint} ({size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s)", flush=True)
 
 
 def describe_failure(work_dir: Path, step: int, error: Exception) -> str:

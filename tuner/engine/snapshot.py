@@ -11,6 +11,8 @@ import numpy as np
 
 from tuner.engine.checkpoint import publishing, verify_checkpoint
 from tuner.engine.randomness import capture_random_state, restore_random_state
+from tuner.engine.together import all_or_none
+from tuner.engine.world import World
 from tuner.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,30 +21,39 @@ if TYPE_CHECKING:
 # settings that decide which tokens are in which step: a resumed run with others would be a third run, neither of two
 DATA_SETTINGS = (
     "data_format", "chat_template", "loss_on", "train_newline", "parallel_tool_calls", "max_length", "too_long",
-    "on_bad_row", "pack", "streaming", "num_accumulation_steps", "seed",
+    "on_bad_row", "pack", "streaming", "seed",
 )  # fmt: skip
 # settings that change nothing which is computed; of the data it is the content that counts, not the path
 FREE_SETTINGS = (
-    "data_path",
+    "data_path", "num_accumulation_steps",
     "log_interval", "save_interval", "keep_checkpoints", "sample_interval", "sample_prompts", "cache_dir",
 )  # fmt: skip
 
 
 def save_snapshot(runner: "Runner") -> Path:
-    """Publish a checkpoint of the current step; OSError or SafetensorError where the disk refuses."""
-    strategy, loop = runner.strategy, runner.train_loop
-    with publishing(Path(runner.work_dir), strategy.step) as draft:
+    """Publish a checkpoint of the current step, written by all ranks.
+
+    Raises:
+        OSError, SafetensorError: the disk of this rank refused.
+        PeerError: that of another rank did.
+        NonFiniteStepError: a weight is NaN or infinite.
+    """
+    strategy, loop, world = runner.strategy, runner.train_loop, runner.strategy.world
+    with publishing(Path(runner.work_dir), strategy.step, world) as draft:
         state = {
             "strategy": strategy.save_checkpoint(draft),
             "num_loss_tokens": loop.num_loss_tokens,
             "next_data": next_data(runner),
+            "packs_per_step": loop.dataloader.sampler.packs_per_step,
             "settings": runner.record.settings,
             "versions": versions(),
         }
-        write_json(draft / "state.json", state)
-        write_json(draft / "rng.json", capture_random_state())
-        (draft / "config.py").write_text(runner.record.config_text, encoding="utf-8")
-        write_hf(draft / "hf", runner.model.get_submodule("llm"), runner.record)
+        with all_or_none(world, (OSError,)):
+            write_json(draft / random_state_file(world), capture_random_state())
+            if world.is_first:
+                write_json(draft / "state.json", state)
+                (draft / "config.py").write_text(runner.record.config_text, encoding="utf-8")
+                write_hf(draft / "hf", runner.model.get_submodule("llm"), runner.record)
     return draft.with_name(draft.name.removeprefix(".draft_"))
 
 
@@ -55,6 +66,7 @@ def load_snapshot(runner: "Runner", checkpoint: Path) -> None:
     verify_checkpoint(checkpoint)
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     compare_settings(state["settings"], runner.record.settings, checkpoint)
+    compare_packs_per_step(state["packs_per_step"], runner, checkpoint)
     runner.strategy.resume(checkpoint, state["strategy"])
     runner.train_loop.num_loss_tokens = state["num_loss_tokens"]
     if runner.strategy.step > runner.train_loop.num_steps:
@@ -62,7 +74,16 @@ def load_snapshot(runner: "Runner", checkpoint: Path) -> None:
             f"{checkpoint} is {runner.strategy.step} steps old, but this config has only {runner.train_loop.num_steps}."
         )
     compare_data(state["next_data"], runner, checkpoint)
-    restore_random_state(json.loads((checkpoint / "rng.json").read_text(encoding="utf-8")))
+    random_states = checkpoint / random_state_file(runner.strategy.world)
+    if random_states.is_file():
+        restore_random_state(json.loads(random_states.read_text(encoding="utf-8")))
+    else:
+        print(f"warning: {checkpoint} was saved by fewer ranks: this one draws random numbers anew", flush=True)
+
+
+def random_state_file(world: World) -> str:
+    """Where a rank keeps the states of its random generators."""
+    return f"rng-{world.rank:05d}.json"
 
 
 def compare_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
@@ -80,6 +101,20 @@ def compare_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint:
             print(f"warning: resumed with a changed setting, this is no longer the same run: {text}", flush=True)
 
 
+def compare_packs_per_step(saved: int, runner: "Runner", checkpoint: Path) -> None:
+    """Any number of ranks can go on where as many packs make a step: else the steps would have other documents."""
+    now = runner.train_loop.dataloader.sampler.packs_per_step
+    if now != saved:
+        world, mesh = runner.strategy.world, runner.strategy.mesh
+        num_ranks = world.size // mesh.degrees.size
+        fits = saved % num_ranks == 0
+        remedy = f"Set num_accumulation_steps={saved // num_ranks}." if fits else f"Use a divisor of {saved} as number."
+        raise UserError(
+            f"{checkpoint} has {saved} packs in a step, this run {now} (num_accumulation_steps times {num_ranks} "
+            f"data-parallel ranks), so it would not continue it. {remedy}"
+        )
+
+
 def compare_data(saved: dict[str, Any], runner: "Runner", checkpoint: Path) -> None:
     """The step after the checkpoint must consist of the documents it would have had then, wherever their files lie."""
     if saved and next_data(runner) not in ({}, saved):
@@ -90,12 +125,15 @@ def compare_data(saved: dict[str, Any], runner: "Runner", checkpoint: Path) -> N
 
 
 def next_data(runner: "Runner") -> dict[str, Any]:
-    """What the step that comes next reads: the shards by their content, and document numbers; empty at the end."""
+    """What the step that comes next reads, over all ranks: the shards by their content, and document numbers.
+
+    Empty at the end.
+    """
     loader = runner.train_loop.dataloader
     if runner.strategy.step >= runner.train_loop.num_steps:
         return {}
-    plan = loader.sampler.plan(runner.strategy.step)
-    return {"shards": loader.dataset.fingerprint(plan), "packs": [list(documents) for documents in plan.packs]}
+    packs = loader.sampler.of_all_ranks(runner.strategy.step).packs
+    return {"shards": loader.dataset.fingerprint(packs), "packs": [list(map(int, documents)) for documents in packs]}
 
 
 def write_hf(directory: Path, llm: Any, record: "RunRecord") -> None:
@@ -106,7 +144,8 @@ def write_hf(directory: Path, llm: Any, record: "RunRecord") -> None:
     for path in remote_code(llm.config):
         shutil.copy(path, directory)
     record.tokenizer.save_pretrained(directory)
-    write_json(directory / "template.json", {"chat_template": record.chat_template})
+    choice = record.settings.get("parallel_tool_calls", "template")
+    write_json(directory / "template.json", {"chat_template": record.chat_template, "parallel_tool_calls": choice})
 
 
 def remote_code(config: Any) -> list[Path]:

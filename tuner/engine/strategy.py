@@ -1,28 +1,36 @@
-"""One process on one device: precision, gradients over micro-batches, clipping, the optimizer's step."""
+"""What every way of holding a model has in common: the optimizer step over micro-batches and over ranks."""
 
-from collections.abc import Mapping, Sequence
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from mmengine._strategy import BaseStrategy
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from tuner.constants import IGNORE_INDEX
-from tuner.engine.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from tuner.engine.schedule import WarmupCosine
+from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles, share_of, write_share
+from tuner.engine.together import all_or_none, sum_over_ranks
+from tuner.engine.world import ALONE, World, own_device, read_world
 from tuner.errors import UserError
+from tuner.parallel.mesh import Degrees, Mesh, read_degrees
+from tuner.parallel.ranks import Ranks
+from tuner.parallel.sequence import cut
 
 Batch = Mapping[str, Any]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WEIGHTS = "model-00000-of-00001.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+
+
+OWN_MESH = Mesh(Degrees(), *(Ranks([0], 0) for _ in range(4)))
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did; all plain numbers, so keeping them keeps no tensor alive."""
+    """What one optimizer step did, over all ranks; all plain numbers, so keeping them keeps no tensor alive."""
 
     loss: float  # mean over the trained tokens of the step, by their weights
     grad_norm: float  # before clipping
@@ -37,21 +45,40 @@ class NonFiniteStepError(ArithmeticError):
     """Loss or gradient is NaN or infinite; the weights were not touched."""
 
 
-class SingleDevice(BaseStrategy):
-    """fp32 (or wider) master weights on one device; the forward pass runs in `precision`."""
+class Strategy(BaseStrategy):
+    """One way to hold weights, gradients and optimizer state over the ranks of a run.
 
-    def __init__(self, *, precision: Literal["bf16", "fp16", "fp32"] = "bf16", device: str = "auto") -> None:
+    The loss of a micro-batch on a rank is its part of the step's: a sum, already divided by the trained tokens of all
+    ranks and micro-batches. So losses and gradients are summed over ranks, never averaged.
+    """
+
+    model: nn.Module
+    """the method whose `llm` is trained; what wraps it for several ranks stays inside the strategy"""
+
+    def __init__(
+        self,
+        *,
+        precision: Literal["bf16", "fp16", "fp32"] = "bf16",
+        sequence_parallel_size: int | Mapping[str, int] = 1,
+        device: str = "auto",
+    ) -> None:
+        """`sequence_parallel_size`: how many ranks share a sequence, or {"ulysses": 8, "ring": 2}."""
         # BaseStrategy.__init__ makes directories, seeds and joins process groups: all of that is train.py's
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision!r} is unknown. Choose one of {', '.join(PRECISIONS)}.")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = own_device(read_world()) if device == "auto" else torch.device(device)
         self.precision = precision
+        self.degrees = read_degrees(sequence_parallel_size)
         self.step = 0  # optimizer steps done
         self.num_steps = 0
+        self.world, self.mesh = ALONE, OWN_MESH
         self._prepared = False
 
+    def place(self, world: World, mesh: Mesh) -> None:
+        """Say which process of the run this is, and with whom it shares sequences; before `prepare`."""
+        self.world, self.mesh = world, mesh
+
+    @abstractmethod
     def prepare(
         self,
         model: nn.Module,
@@ -60,54 +87,75 @@ class SingleDevice(BaseStrategy):
         param_scheduler: WarmupCosine,
         num_steps: int,
     ) -> nn.Module:
-        """Move the model to the device and build its optimizer; the schedule spans `num_steps`."""
-        self.model = model.to(self.device).train()
-        self.num_steps = num_steps
-        self.schedule = param_scheduler
-        self.optimizer = build_optimizer(model.get_submodule("llm"), optim_wrapper["optimizer"])
-        self.max_grad_norm = read_max_norm(optim_wrapper)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self._prepared = True
-        return self.model
+        """Take the model, build its optimizer; the schedule spans `num_steps`."""
+
+    @abstractmethod
+    def backward(self, batch: Batch, *, is_last: bool) -> torch.Tensor:
+        """Add a micro-batch's gradient; with the last one the ranks' are summed. Returns its loss, detached."""
+
+    @abstractmethod
+    def gradient_norm(self) -> torch.Tensor:
+        """() L2 norm of the step's whole gradient, free of the loss scale, the same on all ranks."""
+
+    @abstractmethod
+    def update(self, norm: float) -> None:
+        """Clip by the norm, let the optimizer step, and drop the gradient."""
+
+    @abstractmethod
+    def drop_gradient(self) -> None:
+        """Forget the gradient of this step."""
+
+    @abstractmethod
+    def save_checkpoint(self, filename: Path) -> dict[str, Any]:
+        """Write this rank's part of weights and optimizer into the directory `filename`; returns the rest, for JSON.
+
+        Raises:
+            NonFiniteStepError: a weight is NaN or infinite.
+            OSError, SafetensorError: the disk of this rank refused.
+            PeerError: another rank failed.
+        """
+
+    @abstractmethod
+    def load_checkpoint(self, filename: Path) -> None:
+        """Read the weights alone from the directory `filename`."""
+
+    @abstractmethod
+    def resume(self, filename: Path, state: Mapping[str, Any]) -> None:
+        """Read what `save_checkpoint` wrote and returned, on any number of ranks and by any strategy."""
 
     def autocast(self) -> AbstractContextManager:
         """The context of every forward pass, the sampled chat's included."""
-        dtype = PRECISIONS[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
+        return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision], enabled=self.precision != "fp32")
 
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step over its micro-batches, whose losses are already divided by `num_loss_tokens`.
+        """One optimizer step over this rank's micro-batches.
 
         The host waits for the device once, to read loss and norm together.
 
         Raises:
-            NonFiniteStepError: before the optimizer could carry a NaN into the weights.
+            NonFiniteStepError: on all ranks, before the optimizer could carry a NaN into the weights.
         """
-        lr = self._set_learning_rates()
+        lr = self.set_learning_rates()
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            with self.autocast():
-                micro_loss = self.model(**self._to_device(batch))["loss"]
-            self.scaler.scale(micro_loss).backward()
-            loss = loss + micro_loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        loss_value, norm_value = torch.stack([loss, norm.to(loss.dtype)]).tolist()
-        skipped = self._check_finite(loss_value, norm_value)
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        for place, batch in enumerate(batches):
+            part = self._to_device(cut(batch, self.mesh.degrees, self.mesh.sequence.rank))
+            loss = loss + self.backward(part, is_last=place == len(batches) - 1)
+        # what shares a sequence has the same counts, and only one of them may count
+        counts = count_tokens(batches) if self.mesh.sequence.rank == 0 else TokenCounts(0, 0, 0)
+        sums = torch.tensor([0, *counts], dtype=torch.float64, device=self.device)
+        sums[0] = loss
+        sum_over_ranks(sums, self.world)
+        values = torch.cat([sums, self.gradient_norm().to(sums).reshape(1)]).tolist()
+        loss_value, norm = values[0], values[-1]
+        skipped = self._check_finite(loss_value, norm)
+        self.update(norm)
         self.step += 1
-        return StepResult(loss_value, norm_value, lr, *count_tokens(batches), skipped)
+        totals = TokenCounts(*map(int, values[1:-1]))
+        return StepResult(loss_value, norm, lr, *totals, skipped=skipped)
 
-    def _set_learning_rates(self) -> float:
-        factor = self.schedule.factor(self.step, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        return self.optimizer.param_groups[0]["lr"]
+    @abstractmethod
+    def set_learning_rates(self) -> float:
+        """Give every group of parameters the rate of this step; returns that of the first."""
 
     def _to_device(self, batch: Batch) -> dict[str, Any]:
         return {
@@ -116,41 +164,39 @@ class SingleDevice(BaseStrategy):
         }
 
     def _check_finite(self, loss: float, grad_norm: float) -> bool:
-        """Whether the scaler will skip this step; raise where a skip is no cure."""
-        if torch.isfinite(torch.tensor([loss, grad_norm])).all():
+        """Whether the loss scale will make this step be skipped; raise where a skip is no cure."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             return False
-        self.optimizer.zero_grad(set_to_none=True)
-        is_overflow = self.scaler.is_enabled() and loss == loss and abs(loss) != float("inf")
-        if is_overflow and self.scaler.get_scale() > 1:
+        if math.isfinite(loss) and self.can_scale_down():
             return True
+        self.drop_gradient()
         raise NonFiniteStepError(f"loss {loss}, gradient norm {grad_norm}")
 
-    def save_checkpoint(self, filename: Path) -> dict[str, Any]:
-        """Write weights and optimizer into the directory `filename`; returns the rest, for JSON."""
-        weights = dict(self.model.get_submodule("llm").named_parameters())
-        for name, weight in weights.items():
-            if not torch.isfinite(weight).all():
-                raise NonFiniteStepError(f"weight {name} at step {self.step}")
-        write_tensors(filename / WEIGHTS, weights)
-        write_tensors(filename / OPTIMIZER, optimizer_tensors(self.optimizer))
-        return {"step": self.step, "num_steps": self.num_steps, "scaler": self.scaler.state_dict()}
+    @abstractmethod
+    def can_scale_down(self) -> bool:
+        """Whether a gradient that overflowed may be the loss scale's doing."""
 
-    def load_checkpoint(self, filename: Path) -> None:
-        """Read the weights alone from the directory `filename`."""
-        weights = dict(self.model.get_submodule("llm").named_parameters())
-        saved = load_file(filename / WEIGHTS)
-        compare_weights(saved, weights, filename)
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(saved[name])
 
-    def resume(self, filename: Path, state: Mapping[str, Any]) -> None:
-        """Read everything that `save_checkpoint` wrote and returned."""
-        self.load_checkpoint(filename)
-        load_optimizer_tensors(self.optimizer, load_file(filename / OPTIMIZER))
-        self.step = state["step"]
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(dict(state["scaler"]))
+class TokenCounts(NamedTuple):
+    """What a step read."""
+
+    num_loss_tokens: int
+    num_tokens: int
+    sum_squared_lengths: int
+
+
+def count_tokens(batches: Sequence[Batch]) -> TokenCounts:
+    """Of this rank's micro-batches, before sequences are cut; read on the host, before the device."""
+    lengths = torch.cat([batch["cu_seqlens"].diff().to(torch.int64) for batch in batches])
+    num_loss_tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+    return TokenCounts(num_loss_tokens, int(lengths.sum()), int((lengths * lengths).sum()))
+
+
+def schedule_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Each group's peak times the schedule's factor; returns the first group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
 
 
 def read_max_norm(optim_wrapper: Mapping[str, Any]) -> float | None:
@@ -166,27 +212,32 @@ def read_max_norm(optim_wrapper: Mapping[str, Any]) -> float | None:
     return max_norm
 
 
-def count_tokens(batches: Sequence[Batch]) -> tuple[int, int, int]:
-    """Trained tokens, all tokens and sum of squared document lengths of a step; read on the host, before the device."""
-    lengths = torch.cat([batch["cu_seqlens"].diff().to(torch.int64) for batch in batches])
-    num_loss_tokens = batches[0]["num_loss_tokens"]
-    if isinstance(num_loss_tokens, float):  # the sum of their weights: what they cost is their number
-        num_loss_tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
-    return num_loss_tokens, int(lengths.sum()), int((lengths * lengths).sum())
+def save_tensors(
+    directory: Path, world: World, weights: Iterable[tuple[str, Tensor]], optimizer: Iterable[tuple[str, Tensor]]
+) -> None:
+    """This rank's share of both, gathered before anything is written: a disk that refuses must leave nobody waiting.
+
+    Raises:
+        NonFiniteStepError: a weight is NaN or infinite.
+        OSError, SafetensorError: the disk of this rank refused.
+        PeerError: another rank failed.
+    """
+    shares = {WEIGHTS: share_of(weights, world), OPTIMIZER: share_of(optimizer, world)}
+    with all_or_none(world, (OSError, SafetensorError, NonFiniteStepError)):
+        for name, weight in shares[WEIGHTS].items():
+            if not torch.isfinite(weight).all():
+                raise NonFiniteStepError(f"weight {name}")
+        for kind, share in shares.items():
+            write_share(directory, kind, share, world)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file of these tensors; OSError where the disk refuses."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def compare_weights(saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: Path) -> None:
+def compare_weights(saved: TensorFiles, expected: Mapping[str, torch.Size], source: Path) -> None:
     """UserError unless a checkpoint has exactly the model's weights, by name and shape."""
     problems = [f"no {name}" for name in expected if name not in saved]
     problems += [f"unknown {name}" for name in saved if name not in expected]
-    for name, weight in expected.items():
-        if name in saved and saved[name].shape != weight.shape:
-            problems.append(f"{name} is {tuple(saved[name].shape)}, the model has {tuple(weight.shape)}")
+    for name, shape in expected.items():
+        if name in saved and saved.shape(name) != tuple(shape):
+            problems.append(f"{name} is {saved.shape(name)}, the model has {tuple(shape)}")
     if problems:
         shown = "; ".join(problems[:5])
         raise UserError(f"{source} is a checkpoint of another model ({len(problems)} differences): {shown}.")

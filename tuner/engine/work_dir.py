@@ -4,11 +4,14 @@ import fcntl
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tuner.engine.checkpoint import find_checkpoint, list_checkpoints, remove_leftovers, step_of, write_text_atomically
+from tuner.engine.together import from_first, gather_objects
+from tuner.engine.world import World
 from tuner.errors import UserError
 
 LOCK = ".lock"
@@ -38,6 +41,24 @@ def locked(work_dir: Path) -> Iterator[None]:
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
         file.flush()
         yield
+
+
+def check_shared(work_dir: Path, world: World) -> None:
+    """UserError unless all ranks see one and the same work dir: they write a checkpoint together."""
+    token = work_dir / f".seen_{uuid.uuid4().hex}"
+    token = from_first(token, world)
+    if world.is_first:
+        token.touch()
+    from_first(None, world)  # the token is there by now
+    seen = gather_objects(token.exists(), world)
+    if world.is_first:
+        token.unlink()
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise UserError(
+            f"The work dir {work_dir} is another one for the ranks {blind} (another node's disk?). Checkpoints are "
+            "written by all ranks together: give a --work-dir on a file system that all nodes share."
+        )
 
 
 def owner(work_dir: Path) -> str:

@@ -11,7 +11,7 @@ from tuner.dataset.rendering import Rendering
 from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.strategy import SingleDevice
+from tuner.engine.replicated import Replicated
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
 from tuner.model.tokenizer import build_tokenizer
@@ -22,6 +22,7 @@ weights = "pretrained"  # "pretrained", or "random" to begin from scratch with t
 attention = "auto"  # "auto" takes the fastest that runs here; or "flash", "varlen", "sdpa", "eager"
 gradient_checkpointing = True  # compute activations again in the backward pass: less memory, about 1/3 more time
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
+sequence_parallel_size: int | dict = 1  # ranks that share a sequence; {"ulysses": 8, "ring": 2} beyond the heads
 
 # settings: the data
 data_path: str | list[str | dict] = "train.jsonl"  # file, "data/*.jsonl", "hub:NAME"; list; {"path":, "weight":} in it
@@ -110,7 +111,7 @@ optim_wrapper = dict(
 
 param_scheduler = dict(type=WarmupCosine, warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
 
-strategy = dict(type=SingleDevice, precision=precision)
+strategy = dict(type=Replicated, precision=precision, sequence_parallel_size=sequence_parallel_size)
 
 train_cfg = dict(type=TrainLoop)
 
