@@ -30,7 +30,8 @@ def zigzag(edges: list[int], num_ranks: int) -> Zigzag:
     first = (rest.cumsum(0) - rest) % num_ranks  # the rank whose turn it is
     turn = (torch.arange(num_ranks) - first) % num_ranks
     extra = (rest > turn).long() + (rest > turn + num_ranks).long()
-    front, back = even + (extra == 2), even + (extra >= 1)
+    is_odd = torch.arange(len(lengths))[:, None] % 2 == 1  # always the same run would be longer for the same ranks
+    front, back = even + (extra > is_odd.logical_not()), even + (extra > is_odd)
     front_end = start + front.cumsum(1)
     back_end = front_end[:, -1:] + back.flip(1).cumsum(1).flip(1)
     return Zigzag(front, back, front_end - front, back_end - back)

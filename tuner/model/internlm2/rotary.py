@@ -73,7 +73,7 @@ class InternLM2RotaryEmbedding(nn.Module):
             document = document[self.held_tokens(cu_seqlens)]
         if len(document) != num_tokens:
             raise UserError(
-                f"Dynamic rope scaling must know each token's document, but {num_tokens} of {len(document)} tokens came. "
+                f"Dynamic rope scaling needs each token's document, but {num_tokens} of {len(document)} tokens came. "
                 "Pass the whole pack, or its part on this rank once the method's cut_sequences was called."
             )
         frequencies = torch.stack([self._dynamic(length) for length in lengths.tolist()])  # (documents, D / 2)
