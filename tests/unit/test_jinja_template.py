@@ -1,5 +1,6 @@
 """A tokenizer's own chat template: its ids, the model's words found to the letter, or a refusal that says why."""
 
+import copy
 import datetime
 import random
 from functools import lru_cache
@@ -15,6 +16,7 @@ from tuner.dataset import jinja_process
 from tuner.dataset.chat_template import CHAT_TEMPLATES, Segment, render
 from tuner.dataset.formats import FORMATS, RowError
 from tuner.dataset.jinja_template import read_template, resolve_template
+from tuner.dataset.rendering import LOSS_ON
 from tuner.dataset.templates import JinjaTemplate, mark_pattern
 from tuner.dataset.tokenize import Document, Encoder, special_tokens
 from tuner.errors import UserError
@@ -161,6 +163,58 @@ def test_calls_results_and_tools_come_out_as_transformers_writes_them():
             assert text.endswith("<|im_end|>")
             assert text.count("<tool_call>") == len(message.get("tool_calls") or [])
             assert (message.get("content") or "") in text
+
+
+@pytest.mark.parametrize("train_newline", [False, True])
+@pytest.mark.parametrize("loss_on", LOSS_ON)
+@pytest.mark.parametrize("tags", [True, False])
+def test_of_a_template_like_ours_the_same_is_trained(tags: bool, loss_on: str, train_newline: bool):
+    """Qwen2.5's own text, found by rendering, against the segments that are built from its grammar."""
+    tokenizer = copy.deepcopy(bytelevel("qwen2.5", tags=tags))
+    ours = CHAT_TEMPLATES["qwen2.5"]
+    tokenizer.chat_template = ours.jinja
+    choices = {"loss_on": loss_on, "train_newline": train_newline}
+    template, encoder = opened(tokenizer)
+    reference = Encoder.from_tokenizer(tokenizer, ours)
+    rng = random.Random(loss_on)
+    trained = 0
+    for _ in range(25):
+        sample = FORMATS["openai"](made_row(rng, tools=True))
+        [found] = encoder.encode([render(sample, template, **choices)])
+        [expected] = reference.encode([render(sample, ours, **choices)])
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found.trained.tolist() == expected.trained.tolist()
+        trained += found.trained.sum()
+    assert trained
+
+
+def test_thoughts_and_calls_of_one_turn_are_told_apart():
+    tokenizer = own("thinking")
+    say = said("Let me see.", tool_calls=[call(at="it")], reasoning_content="Rain?")
+    sample = {"messages": [USER, say], "tools": [TOOL]}
+    [thought] = trained_texts(encoded(sample, tokenizer, loss_on="thoughts"), tokenizer)
+    [called] = trained_texts(encoded(sample, tokenizer, loss_on="calls"), tokenizer)
+    assert thought == "<think>\nRain?\n</think>\n\nLet me see.\n"
+    assert called.startswith("<tool_call>\n{")
+    assert called.endswith("</tool_call><|im_end|>")
+    assert [thought + called] == trained_texts(encoded(sample, tokenizer), tokenizer)
+    bare = {**sample, "messages": [USER, {**say, "content": "", "reasoning_content": ""}]}
+    [called] = trained_texts(encoded(bare, tokenizer, loss_on="calls"), tokenizer)
+    assert called.startswith("<tool_call>\n{")
+
+
+def test_calls_before_the_words_are_no_thoughts():
+    """A template that writes the words behind the call: where its thoughts end cannot be said."""
+    jinja = FAMILIES["thinking"].jinja.replace("{{- said }}", "").replace("+ said.lstrip('\\n') }}", "}}")
+    jinja = jinja.replace(
+        "{{- '<|im_end|>\\n' }}\n{%- elif message.role == 'tool'",
+        "{{- said + '<|im_end|>\\n' }}\n{%- elif message.role == 'tool'",
+    )
+    tokenizer = own("thinking", jinja=jinja)
+    sample = {"messages": [USER, said("So.", tool_calls=[call(at="it")])], "tools": [TOOL]}
+    assert trained_texts(encoded(sample, tokenizer), tokenizer)[0].endswith("</tool_call>So.<|im_end|>")
+    with pytest.raises(RowError, match=r"where the calls in message 1 begin cannot be told"):
+        encoded(sample, tokenizer, loss_on="calls")
 
 
 @pytest.mark.usefixtures("day")

@@ -14,12 +14,16 @@ PROBE = "And then?"
 
 
 class Span(NamedTuple):
-    """What the model says in one message, its end mark included: text[start:end]; blanks follow up to `after`."""
+    """What the model says in one message, its end mark included: text[start:end]; blanks follow up to `after`.
+
+    Its calls begin at `calls`, where that was asked for; a turn without calls has them at its end.
+    """
 
     message: int
     start: int
     end: int
     after: int
+    calls: int = -1
 
 
 class Layout(NamedTuple):
@@ -48,9 +52,17 @@ class Finder:
     mark: re.Pattern[str]
 
     def lay_out(
-        self, messages: Sequence[Message], tools: list[Any] | None, turns: Sequence[int], prompt: bool
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        turns: Sequence[int],
+        prompt: bool,
+        find_calls: bool = False,
     ) -> Layout:
-        """The conversation's text and the spans of the messages in `turns`. Raises RowError saying why it cannot be."""
+        """The conversation's text and the spans of the messages in `turns`. Raises RowError saying why it cannot be.
+
+        With `find_calls` the spans tell where the calls in them begin.
+        """
         text = self.render(messages, tools, prompt)
         marked = self._marked(messages, tools, prompt)
         if marked.text != text:
@@ -68,7 +80,50 @@ class Finder:
             self._check_turn(messages[now.message], now, text)
             if before is not None and before.after > now.start:
                 raise RowError(f"what the model says in message {now.message} cannot be told from the turn before it.")
+        if find_calls:
+            spans = [span._replace(calls=self._calls_start(messages, tools, span, text)) for span in spans]
         return Layout(text, marked.fences, spans)
+
+    def _calls_start(self, messages: Sequence[Message], tools: list[Any] | None, span: Span, text: str) -> int:
+        """Where the calls of a turn begin: there the turn would end if it had none."""
+        message = messages[span.message]
+        calls = message.get("tool_calls") or []
+        if not calls:
+            return span.end
+        before = list(messages[: span.message])
+        with_calls = self._marked([*before, message], tools, False)
+        plain = {key: value for key, value in message.items() if key != "tool_calls"}
+        without = self._marked([*before, plain], tools, False)
+        border = self._fork(with_calls, without)
+        head = with_calls.text[border : max(with_calls.ends.get(span.message, [border]))]
+        said = text[span.start : span.end]
+        start = said.find(head)
+        words = [message.get("content") or "", message.get("reasoning_content") or ""]
+        called = [
+            part for call in calls for part in (call["function"]["name"], *texts_of(call["function"]["arguments"]))
+        ]
+        if (
+            not head
+            or said.count(head) != 1
+            or not all(holds(squeeze(said[:start]), part) for part in words)
+            or not all(holds(squeeze(said[start:]), part) for part in called)
+        ):
+            raise RowError(
+                f"where the calls in message {span.message} begin cannot be told from what the chat template writes."
+                ' Use loss_on = "assistant" or "last", or leave such rows out.'
+            )
+        return span.start + start
+
+    def _fork(self, one: Unfenced, other: Unfenced) -> int:
+        """Where two texts part, before any mark that they share the beginning of, and behind blanks."""
+        parted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one.text, other.text)))
+        border = parted
+        for rendered in (one, other):
+            for match in self.mark.finditer(rendered.text):
+                if match.start() < parted < match.end() and not _in_fence(match.start(), rendered):
+                    border = min(border, match.start())
+        rest = one.text[border:]
+        return border + len(rest) - len(rest.lstrip())
 
     def _marked(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool) -> Unfenced:
         fenced = [self.fences.message(message, place) for place, message in enumerate(messages)]

@@ -20,7 +20,7 @@ from tuner.dataset.messages import (
     function_body,
     is_interpreter,
 )
-from tuner.dataset.rendering import chosen, message_weight
+from tuner.dataset.rendering import chosen, message_weight, trains_part
 from tuner.dataset.templates import (
     CHAT_TEMPLATES,
     TOKENIZERS_OWN,
@@ -34,8 +34,6 @@ from tuner.dataset.templates import (
 )
 from tuner.dataset.tokenize import special_tokens
 from tuner.errors import UserError
-
-LOSS_ON = ("assistant", "last")
 
 QUESTION: Message = {"role": "user", "content": "What is it?"}
 ANSWER: Message = {"role": "assistant", "content": "A test."}
@@ -189,16 +187,23 @@ def render_own(
     add_generation_prompt: bool = False,
 ) -> list[Segment]:
     """As `render`, by the tokenizer's own template; a row whose trained words cannot be found exactly is refused."""
-    if loss_on not in LOSS_ON:
-        raise UserError(f"loss_on={loss_on!r} needs one of tuner's own templates: {', '.join(CHAT_TEMPLATES)}.")
     messages = chosen(sample["messages"], loss_on)
     weights = [message_weight(message) for message in messages]
     turns = [] if add_generation_prompt else [place for place, weight in enumerate(weights) if weight]
     shown = [_shown(message, place) for place, message in enumerate(messages)]
     tools = [_tool(tool) for tool in sample.get("tools") or []] or None
     _check_characters(shown, tools)
-    layout = _process(template).lay_out(shown, tools, turns, add_generation_prompt)
-    return list(_segments(layout, weights, template, train_newline))
+    parts = trains_part(loss_on, is_call=False), trains_part(loss_on, is_call=True)
+    layout = _process(template).lay_out(shown, tools, turns, add_generation_prompt, find_calls=not all(parts))
+    trained = [
+        (
+            span.start if parts[0] else span.calls,
+            (span.after if train_newline else span.end) if parts[1] else span.calls,
+            weights[span.message],
+        )
+        for span in layout.spans
+    ]
+    return list(_segments(layout, trained, template))
 
 
 def _shown(message: Message, place: int) -> Message:
@@ -243,11 +248,8 @@ def _check_pairs(text: str) -> None:
         raise RowError(f"Expected text that UTF-8 can hold, got half of a surrogate pair ({half!r}).") from None
 
 
-def _segments(
-    layout: Layout, weights: Sequence[float], template: JinjaTemplate, train_newline: bool
-) -> Iterator[Segment]:
-    """The text cut at what is trained, at what is the row's own though it reads like a mark, and at marks."""
-    trained = [(span.start, span.after if train_newline else span.end, weights[span.message]) for span in layout.spans]
+def _segments(layout: Layout, trained: Sequence[tuple[int, int, float]], template: JinjaTemplate) -> Iterator[Segment]:
+    """The text cut at what is trained (start, end, weight), at the row's own that reads like a mark, and at marks."""
     edges = {0, len(layout.text), *(edge for fence in layout.fences for edge in fence)}
     edges |= {edge for start, end, _ in trained for edge in (start, end)}
     fenced = {start for start, _ in layout.fences}
