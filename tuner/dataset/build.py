@@ -1,6 +1,7 @@
 """From rows on disk to packed batches: the calls that a config makes."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from tuner.dataset.collate import Batch, collate_packs, num_padding
 from tuner.dataset.contributions import contributions, contributions_table, share_starts
 from tuner.dataset.ledger import Count, Ledger
 from tuner.dataset.mixture import Mixture
-from tuner.dataset.packing import Packs, pack, pack_each
+from tuner.dataset.packing import IntArray, Packs, pack, pack_each
 from tuner.dataset.prepare import build_shards
 from tuner.dataset.sampler import StepPlan, StepSampler
 from tuner.dataset.shards import Shards
@@ -85,8 +86,8 @@ class PackedDataset:
         """The `file:line` of every document of a step, to find what went wrong in it."""
         return [self.shards.source(index) for documents in plan.packs for index in documents]
 
-    def fingerprint(self, plan: StepPlan) -> str:
-        """Hash over all documents that the numbers in a plan may mean."""
+    def fingerprint(self, packs: Sequence[Sequence[int] | IntArray]) -> str:
+        """Hash over all documents that the numbers in a step's packs may mean."""
         return self.shards.fingerprint
 
     @property

@@ -4,7 +4,7 @@ import hashlib
 import weakref
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -66,8 +66,9 @@ def refuse_weights(path: DataPath) -> None:
     weighted = [entry.name for entry in map(parse_entry, entries) if entry.weight is not None]
     if weighted:
         raise UserError(
-            f"data_path gives {', '.join(weighted)} a weight, and with streaming = True files are read one after "
-            "the other, as they come. Leave the weights out and mix the rows beforehand, or set streaming = False."
+            f"data_path gives {', '.join(dict.fromkeys(weighted))} a weight, and with streaming = True files are read "
+            "one after the other, as they come. Leave the weights out and mix the rows beforehand, or set streaming = "
+            "False."
         )
 
 
@@ -200,9 +201,9 @@ class StreamedDataset:
         """The `file:line` of every document of a step, to find what went wrong in it."""
         return [self.shards.source(index) for documents in plan.packs for index in documents]
 
-    def fingerprint(self, plan: StepPlan) -> str:
-        """Hash over all documents up to the last window of this step."""
-        return self.shards.fingerprint(max(index for documents in plan.packs for index in documents))
+    def fingerprint(self, packs: Sequence[Sequence[int] | IntArray]) -> str:
+        """Hash over all documents up to the last window that the packs of a step, of all ranks, are of."""
+        return self.shards.fingerprint(max(int(index) for documents in packs for index in documents))
 
     @property
     def ledger(self) -> Ledger:
