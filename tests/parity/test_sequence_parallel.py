@@ -115,8 +115,8 @@ def run_step(method: SFT, *batches: dict[str, Any]) -> Step:
         loss = method(**batch)["loss"]
         loss.backward()
         total += loss.detach()
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in method.named_parameters()}
-    return total, {name: gradient.detach().clone() for name, gradient in gradients.items()}
+    trained = {name: parameter for name, parameter in method.named_parameters() if parameter.requires_grad}
+    return total, {name: parameter.grad.detach().clone() for name, parameter in trained.items()}
 
 
 def summed(step: Step) -> Step:
@@ -181,7 +181,7 @@ def test_in_fp32_the_difference_is_rounding(degrees):
 
 
 def compare_variants(degrees: Degrees) -> dict[str, dict[str, float]]:
-    """Gradient checkpointing, loss weights, a model's own head, a frozen trunk, two micro-batches."""
+    """Gradient checkpointing, loss weights, a model's own head, frozen layers, three micro-batches."""
     found = {}
     case = ("mixed", "all")
 
@@ -205,11 +205,17 @@ def compare_variants(degrees: Degrees) -> dict[str, dict[str, float]]:
     )
     compare("loss weights", lambda method: None, [make_batch(*case, degrees, weighted=True)])
     compare("own head", partial(setattr_, "head_is_product", False), [make_batch("mixed", "one rank's", degrees)])
+    compare("frozen but for the last layer's values", freeze, [make_batch(*case, degrees)])
     batches = [make_batch(*each, degrees, seed=seed) for seed, each in enumerate(CASES[:3])]
     for batch in batches:
         batch["num_loss_tokens"] = 77
     compare("accumulation", lambda method: None, batches)
     return found
+
+
+def freeze(method: SFT) -> None:
+    method.requires_grad_(False)
+    method.llm.model.layers[-1].attention.wqkv.requires_grad_(True)
 
 
 def setattr_(name: str, value: Any, method: SFT) -> None:
@@ -219,8 +225,26 @@ def setattr_(name: str, value: Any, method: SFT) -> None:
 @pytest.mark.parametrize("degrees", DEGREES, ids=IDS)
 def test_with_checkpointing_weights_own_heads_and_accumulation(degrees):
     for found in run_on_ranks(degrees.size, compare_variants, degrees):
-        assert len(found) == 5
+        assert len(found) == 6
         assert_within(found, 1e-12)
+
+
+def compare_in_bf16(degrees: Degrees) -> dict[str, float]:
+    """Autocast over fp32 weights, as in training, against fp64."""
+    whole, parts = make_method("internlm2", torch.float64), make_method("internlm2", torch.float64).float()
+    mesh = bound(parts, degrees)
+    batch = make_batch("mixed", "all", degrees)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = run_step(parts, cut(batch, degrees, mesh.sequence.rank))
+    expected = run_step(whole, batch)
+    got = summed(step)
+    return {name: ((got[1][name].double() - grad).norm() / grad.norm()).item() for name, grad in expected[1].items()}
+
+
+@pytest.mark.parametrize("degrees", DEGREES[:2], ids=IDS[:2])
+def test_bf16_autocast_comes_near_the_exact_gradients(degrees):
+    for found in run_on_ranks(2, compare_in_bf16, degrees):
+        assert_within({"bf16": found}, 0.05)
 
 
 def compare_data_parallel(degrees: Degrees) -> dict[str, float]:

@@ -8,6 +8,7 @@ from ranks import run_on_ranks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tuner.errors import UserError
+from tuner.method.sft import SFT
 from tuner.model.attention_cut import cut_attention
 from tuner.parallel.mesh import Degrees, Mesh, build_mesh
 from tuner.parallel.ranks import Ranks
@@ -109,6 +110,13 @@ def test_generation_is_what_it_was_and_a_training_forward_without_edges_is_refus
     assert torch.equal(llm.eval().generate(ids, **options), plain.eval().generate(ids, **options))
     with pytest.raises(UserError, match="this forward in training mode brings no cu_seqlens"):
         llm.train()(ids, use_cache=False)
+
+
+def test_a_method_is_built_before_its_sequences_are_cut():
+    llm = make_llama()
+    SFT(llm).cut_sequences(mesh_without_processes(Degrees(2)))
+    with pytest.raises(UserError, match=r"cut over ranks already\. Build the method on the model first"):
+        SFT(llm)
 
 
 def test_heads_and_parts_that_do_not_fit_are_refused_when_called():

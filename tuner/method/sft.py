@@ -11,7 +11,7 @@ from tuner.constants import IGNORE_INDEX
 from tuner.errors import UserError
 from tuner.method.loss import divisor, linear_cross_entropy
 from tuner.model.attention import check_edges
-from tuner.model.attention_cut import cut_attention
+from tuner.model.attention_cut import check_whole, cut_attention
 from tuner.parallel.mesh import Mesh
 
 PROBE_LENGTHS = (3, 4)  # documents of the check that SFT runs once
@@ -35,6 +35,7 @@ class SFT(torch.nn.Module):
     def __init__(self, llm: PreTrainedModel) -> None:
         super().__init__()
         self.llm = llm
+        check_whole(llm)
         check_isolation(llm)
         self.head_is_product = is_head_product(llm)
         if not self.head_is_product:

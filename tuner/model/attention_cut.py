@@ -43,6 +43,15 @@ def cut_attention(llm: PreTrainedModel, mesh: Mesh) -> None:
     llm.set_attn_implementation(name)
 
 
+def check_whole(llm: PreTrainedModel) -> None:
+    """UserError where `llm` takes parts of sequences already: what is tried out on it takes whole ones."""
+    if "_ulysses" in (llm.config._attn_implementation or ""):
+        raise UserError(
+            f"The sequences of this {type(llm).__name__} are cut over ranks already. Build the method on the model "
+            "first and call its cut_sequences then."
+        )
+
+
 def _backend_of(llm: PreTrainedModel) -> str:
     """The backend that a model was built with."""
     current = llm.config._attn_implementation
