@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # top first; modules in one tuple are siblings
     ("cli",),
     ("arguments",),
-    ("train", "chat", "convert", "evaluate", "preview", "lint"),
+    ("launch",),
+    ("train", "prepare", "chat", "convert", "evaluate", "preview", "lint"),
     ("check", "config"),
     ("configs",),
     ("engine",),
@@ -17,7 +18,7 @@ LAYERS = [  # top first; modules in one tuple are siblings
     ("model", "dataset"),
     ("demo",),
     ("parallel",),
-    ("new_files",),
+    ("new_files", "failures"),
     ("constants", "errors", "nearest"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -83,6 +84,30 @@ def config_arguments(command: F) -> F:
     settings = click.argument("settings", nargs=-1, type=SettingType(), metavar="[NAME=VALUE]...")
     config = click.argument("config", type=ConfigType(files=True), metavar="CONFIG|PRESET")
     return config(settings(options(command)))
+
+
+def launch_options(command: F) -> F:
+    """Options that say how many processes train and how they are started: the fields of `launch.options.Options`."""
+    options = (
+        click.option("--nproc", type=int, help="Processes on this node, one for each GPU.  [default: this one]"),
+        click.option("--nnodes", type=int, default=1, show_default=True, help="Machines, each started like this one."),
+        click.option("--node-rank", type=int, help="Which of the machines this is, counted from 0."),
+        click.option("--master", metavar="HOST[:PORT]", help="Where the first machine is found by the others."),
+        click.option("--max-restarts", type=int, default=0, show_default=True, help="Starts after a rank has failed."),
+        click.option("--node-timeout", type=float, default=900, show_default=True, help="Seconds for all to come."),
+        click.option("--grace", type=float, default=600, show_default=True, help="Seconds to save after SIGTERM."),
+        click.option(
+            "--launcher",
+            type=click.Choice(["none", "pytorch", "slurm"]),
+            default="none",
+            show_default=True,
+            help="pytorch: torchrun has started this. slurm: print a batch script; in a job, take what SLURM says.",
+        ),
+        click.option("--sbatch", type=click.Path(path_type=Path), metavar="FILE", help="Write that batch script."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def repeat_cfg_options(arguments: Sequence[str]) -> list[str]:

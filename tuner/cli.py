@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,18 @@ import click
 from click.shell_completion import get_completion_class
 
 from tuner import __version__
-from tuner.arguments import ConfigType, Pairs, SettingType, TrainCommand, config_arguments, debug_option, gather
+from tuner.arguments import (
+    ConfigType,
+    Pairs,
+    SettingType,
+    TrainCommand,
+    config_arguments,
+    debug_option,
+    gather,
+    launch_options,
+)
 from tuner.errors import UserError
+from tuner.failures import EXIT_INTERRUPTED, exit_code, tell
 
 DTYPES: dict[str, Literal["auto", "float32", "bfloat16", "float16"]] = {
     "auto": "auto",
@@ -20,9 +31,8 @@ DTYPES: dict[str, Literal["auto", "float32", "bfloat16", "float16"]] = {
 }
 LIST_FOOTER = """
 CONTEXT is the tokens of a pack. STATE is the memory of weights, gradients and Adam; activations come on top.
-Training runs on one process today: the presets meant for several devices wait for ZeRO-3."""
+`tuner train PRESET --nproc N` trains on N processes, each with the whole STATE; to divide it waits for ZeRO-3."""
 SHELLS = ("bash", "zsh", "fish")
-EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main() -> None:
@@ -32,10 +42,12 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit code: 0 done, 2 the user can mend it, 130 Ctrl-C, 1 anything else."""
-    debug = "--debug" in arguments
+    """Run a command line and return its exit code: 0 done, 2 the user can mend it, 130 Ctrl-C, 1 anything else.
+
+    `tuner train` has more: 75 where it was told to end and has saved, 128 + N where signal N ended it.
+    """
     try:
-        code = cli.main(list(arguments), prog_name="tuner", standalone_mode=False)
+        code = cli.main(list(arguments), prog_name="tuner", standalone_mode=False, obj=tuple(arguments))
         return code if isinstance(code, int) else 0
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
@@ -43,21 +55,8 @@ def run(arguments: Sequence[str]) -> int:
         error.show()
         return error.exit_code
     except Exception as error:
-        if debug:
-            import traceback
-
-            traceback.print_exc()
-        else:
-            click.echo(message_of(error), err=True)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_UNEXPECTED
-
-
-def message_of(error: Exception) -> str:
-    """What is printed for an exception in place of its traceback."""
-    if isinstance(error, UserError):
-        return f"Error: {error}"
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line} (run with --debug for the traceback)"
+        tell(error, debug="--debug" in arguments)
+        return exit_code(error)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -139,41 +138,50 @@ def copy_cfg(preset: str, directory: Path, settings: tuple[tuple[str, str], ...]
 @click.option("--resume", metavar="[CKPT]", help="Go on from CKPT, or from the newest checkpoint of the work dir.")
 @click.option("--seed", type=int, help="The same as seed=N.")
 @click.option("--deepspeed", metavar="NAME|FILE", help="Not implemented yet.")
-@click.option(
-    "--launcher",
-    type=click.Choice(["none", "pytorch", "slurm"]),
-    default="none",
-    show_default=True,
-    help="How processes are started; one process is all there is for now.",
-)
+@launch_options
 @debug_option
 def train_command(
     config: str,
-    settings: tuple[tuple[str, str], ...],
-    cfg_options: tuple[tuple[str, str], ...],
+    settings: Pairs,
+    cfg_options: Pairs,
     work_dir: Path | None,
     resume: str | None,
     seed: int | None,
     deepspeed: str | None,
-    launcher: str,
-) -> None:
+    **launch: Any,
+) -> int:
     """Train a preset or a config file; NAME=VALUE changes a setting, and what is derived from it follows."""
-    refuse_unimplemented(deepspeed, launcher)
+    if deepspeed is not None:
+        raise UserError(f"--deepspeed {deepspeed}: DeepSpeed is not implemented yet.")
+    from tuner.launch.command import Job, train
+    from tuner.launch.options import Options
+
+    chosen = [*settings, *([("seed", str(seed))] if seed is not None else [])]
+    arguments = click.get_current_context().find_root().obj
+    work_dir = work_dir or Path("work_dirs") / Path(config).stem
+    return train(Job(config, work_dir, resume, partial(render_config, config, chosen, cfg_options), arguments),
+                 Options(**launch))  # fmt: skip
+
+
+def render_config(config: str, settings: Sequence[tuple[str, str]], cfg_options: Pairs) -> str:
+    """The text of a preset or file with its settings filled in and the options added."""
     from tuner.config import add_options, render
 
-    values = gather([*settings, *([("seed", str(seed))] if seed is not None else [])])
-    source = add_options(render(config, values), gather(cfg_options), config)
-    from tuner.train import train  # brings torch and transformers: a misspelt setting has been reported by now
-
-    train(source, work_dir=work_dir or Path("work_dirs") / Path(config).stem, resume=resume, name=config)
+    return add_options(render(config, gather(settings)), gather(cfg_options), config)
 
 
-def refuse_unimplemented(deepspeed: str | None, launcher: str) -> None:
-    """Say so rather than train on one process and look as if it were many."""
-    if deepspeed is not None:
-        raise UserError(f"--deepspeed {deepspeed}: DeepSpeed is not implemented yet; training runs on one process.")
-    if launcher != "none":
-        raise UserError(f"--launcher {launcher}: not implemented yet; training runs on one process, --launcher none.")
+@cli.command("prepare", cls=TrainCommand)
+@config_arguments
+@debug_option
+def prepare_command(config: str, settings: Pairs, cfg_options: Pairs) -> None:
+    """Tokenise and pack the data of a config, and say what became of it. Needs no weights and no GPU.
+
+    `tuner train` with the same settings then only opens what this has made, on every rank that sees the cache.
+    """
+    source = render_config(config, settings, cfg_options)
+    from tuner.prepare import prepare
+
+    prepare(source, name=config)
 
 
 @cli.command("preview", cls=TrainCommand)

@@ -1,0 +1,146 @@
+"""`tuner train`: here, as one rank of several, or as the launcher of several, as options and environment say."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tuner.errors import UserError
+from tuner.launch import slurm
+from tuner.launch.options import Node, Options, is_rank_of_another, read_node
+from tuner.launch.rank import leave_with, printing_to, read_run
+from tuner.new_files import check_new, write_new
+
+
+class Job(NamedTuple):
+    """What to train, and the command line that says so."""
+
+    name: str  # of the config, in messages
+    work_dir: Path
+    resume: str | None
+    render: Callable[[], str]  # the config's text with all settings filled in
+    arguments: Sequence[str]  # of the whole command
+
+
+def train(job: Job, options: Options) -> int:
+    """Train; the exit code.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    told = read_run()
+    if told is not None:
+        leave_with(told.launcher)
+        train_here(job, told.source, told.resume)
+        return 0
+    if options.sbatch is not None and options.launcher != "slurm":
+        raise UserError("--sbatch FILE writes a script for SLURM. Add --launcher slurm.")
+    if options.launcher == "slurm":
+        if options.sbatch is not None or not slurm.is_in_step(os.environ):
+            return write_script(job, options)
+        options = enter_step(options)
+    if is_rank_of_another(options):
+        train_as_rank(job)
+        return 0
+    node = read_node(options)
+    if not options.starts_processes:
+        train_here(job, job.render(), job.resume)
+        return 0
+    return launch(job, node, options)
+
+
+def train_here(job: Job, source: str, resume: str | None) -> None:
+    """Train in this process, which may be one rank of several."""
+    from tuner.train import train  # brings torch and transformers: a misspelt setting has been reported by now
+
+    train(source, work_dir=job.work_dir, resume=resume, name=job.name)
+
+
+def train_as_rank(job: Job) -> None:
+    """Train as a rank that another launcher has started; only the first rank prints."""
+    source = job.render()
+    from tuner.engine.world import read_world
+
+    world = read_world()
+    log = job.work_dir / "logs" / f"rank_{world.rank}.log"
+    with nullcontext() if world.is_first else printing_to(log):
+        train_here(job, source, job.resume)
+
+
+def enter_step(options: Options) -> Options:
+    """What SLURM says of this task, as options or, for a task that is a rank itself, as torchrun's variables."""
+    step = slurm.read_step(os.environ)
+    if options.nproc is not None:
+        return slurm.node_options(options, step)
+    os.environ.update(slurm.rank_variables(step))
+    return options
+
+
+def write_script(job: Job, options: Options) -> int:
+    """Print the batch script, and write it where asked; the config is checked now rather than in the queue.
+
+    Raises:
+        UserError: a mistake in the config or the options, or the file exists already.
+    """
+    if options.nproc is None:
+        raise UserError("--launcher slurm needs --nproc, the processes on each node (one for each GPU).")
+    read_node(options._replace(nnodes=1, node_rank=None))
+    check_job(job)
+    text = slurm.script(options, job.arguments, Path(job.name).stem)
+    if options.sbatch is None:
+        print(text, end="")
+        return 0
+    check_new(options.sbatch)
+    write_new(options.sbatch, text)
+    print(f"{text}\nwritten to {options.sbatch}: sbatch {options.sbatch}")
+    return 0
+
+
+def launch(job: Job, node: Node, options: Options) -> int:
+    """Check everything once, then start the processes of this node."""
+    source, config = check_job(job)
+    check_gpus(node.num_processes, config)
+    from tuner.engine.work_dir import choose_checkpoint, locked
+    from tuner.launch.launcher import Run
+    from tuner.launch.launcher import launch as run_all
+
+    work_dir = job.work_dir.resolve()
+    if node.is_first:
+        with locked(work_dir):
+            choose_checkpoint(work_dir, job.resume)
+    command = [sys.executable, "-m", "tuner", *job.arguments]
+    return run_all(Run(source, work_dir, job.resume, command, "--debug" in job.arguments), node, options)
+
+
+def check_job(job: Job) -> tuple[str, Any]:
+    """The rendered config, checked as training would; its warnings are left to the process that trains."""
+    source = job.render()
+    from tuner.check import check
+    from tuner.config import loads
+
+    config = loads(source, job.name)
+    logger = logging.getLogger("tuner")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        check(config)
+    finally:
+        logger.setLevel(level)
+    return source, config
+
+
+def check_gpus(nproc: int, config: Any) -> None:
+    """UserError for more processes on this node than it has GPUs, where it has any and they are wanted."""
+    import torch
+
+    if config.strategy.get("device", "auto") == "cpu" or not torch.cuda.is_available():
+        return
+    count = torch.cuda.device_count()
+    if nproc > count:
+        raise UserError(
+            f"--nproc {nproc}: this node has {count} {'GPU' if count == 1 else 'GPUs'}, and each process needs one. "
+            f"Give --nproc {count}, or show more of them with CUDA_VISIBLE_DEVICES."
+        )
