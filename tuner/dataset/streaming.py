@@ -115,9 +115,9 @@ class StreamedShards:
     def source(self, index: int) -> str:
         """The `file:line` of the row that document number `index` came from."""
         position = self._find(index)
-        parts = self.epoch.windows[position.window].parts
-        ends = list(accumulate(part.num_documents for part in parts))
-        file = self.files[parts[bisect_right(ends, position.number)].file]
+        stretches = self.epoch.windows[position.window].stretches
+        ends = list(accumulate(stretch.num_documents for stretch in stretches))
+        file = self.files[stretches[bisect_right(ends, position.number)].file]
         line = self.window(position.window).source(position.number).rpartition(":")[2]
         return f"{file}:{line}"
 
@@ -219,9 +219,9 @@ class StreamedDataset:
         """What each file has in these windows: dicts as `contributions.contributions` gives them."""
         documents, tokens = [0] * len(self.shards.files), [0] * len(self.shards.files)
         for window in self.shards.epoch.windows[: self._num_reached]:
-            for part in window.parts:
-                documents[part.file] += part.num_documents
-                tokens[part.file] += part.num_tokens
+            for stretch in window.stretches:
+                documents[stretch.file] += stretch.num_documents
+                tokens[stretch.file] += stretch.num_tokens
         total = max(1, sum(tokens))
         return [
             {

@@ -44,7 +44,7 @@ class Mark(NamedTuple):
     place: Place = BEGIN
 
 
-class Part(NamedTuple):
+class Stretch(NamedTuple):
     """What a window has of a file; `stamp` is None where the file was too young for it to tell anything."""
 
     file: int
@@ -64,7 +64,7 @@ class Window(NamedTuple):
     num_packs: int  # where several documents share one
     rows: str  # hash of all rows it was made of
     content: str  # hash of its documents
-    parts: list[Part]  # in the order of its documents
+    stretches: list[Stretch]  # in the order of its documents
 
 
 class Stream(NamedTuple):
@@ -88,7 +88,7 @@ def read_window(directory: Path) -> Window:
         num_packs=facts["num_packs"],
         rows=facts["rows"],
         content=content,
-        parts=[Part(*part) for part in facts["parts"]],
+        stretches=[Stretch(*stretch) for stretch in facts["stretches"]],
     )
 
 
@@ -169,7 +169,7 @@ class WindowMaker:
         window = read_window(directory)
         if window.start != start:
             return False
-        stamps = [(part.stamp, self._files[part.file]) for part in window.parts]
+        stamps = [(stretch.stamp, self._files[stretch.file]) for stretch in window.stretches]
         if all(seen is not None and seen == list(stamp(file)) for seen, file in stamps):
             return True
         return self._has_these_rows(window)
@@ -264,11 +264,11 @@ class WindowMaker:
                 ledger += chunk.ledger
                 lengths.append(chunk.block.lengths)
                 files.append(np.full(len(chunk.block.lengths), end.file))
-            parts = self._parts(range(start.file, end.file + 1), np.concatenate(lengths), np.concatenate(files))
-            self._check_unchanged([part.file for part in parts])
+            stretches = self._stretches(range(start.file, end.file + 1), np.concatenate(lengths), np.concatenate(files))
+            self._check_unchanged([stretch.file for stretch in stretches])
             num_packs = len(pack(np.concatenate(lengths), self._preparation.rows.max_length, (0,)))
             facts = {"start": start, "end": end, "is_last": self._next is None, "num_packs": num_packs}
-            facts |= {"rows": rows.hexdigest(), "parts": parts}
+            facts |= {"rows": rows.hexdigest(), "stretches": stretches}
             writer.close(ledger, {"stream": self._key, "window": facts})
         finally:
             writer.abandon()
@@ -276,14 +276,14 @@ class WindowMaker:
             final = window_path(self.directory, int(directory.name.partition(".")[0]))
             print(f"{ledger.skipped:,} bad rows skipped; they are in {final / 'bad_rows.jsonl'}, and why beside it")
 
-    def _parts(self, numbers: Sequence[int], lengths: Any, files: Any) -> list[Part]:
+    def _stretches(self, numbers: Sequence[int], lengths: Any, files: Any) -> list[Stretch]:
         """What a window that was read from these files holds of each."""
-        parts = []
+        stretches = []
         for number in numbers:
             own = lengths[files == number]
             seen, tells = self._seen[number]
-            parts.append(Part(number, len(own), int(own.sum()), list(seen) if tells else None))
-        return parts
+            stretches.append(Stretch(number, len(own), int(own.sum()), list(seen) if tells else None))
+        return stretches
 
     def _check_unchanged(self, numbers: Sequence[int]) -> None:
         for number in numbers:
