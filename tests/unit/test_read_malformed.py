@@ -1,6 +1,7 @@
 """Malformed files: each kind stops with one line that says which file, what came and what to do, or costs its row."""
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -14,7 +15,7 @@ import pytest
 from tuner.dataset import read
 from tuner.dataset.documents import BadRow
 from tuner.dataset.read import read_chunks
-from tuner.dataset.reading import json_values, rows
+from tuner.dataset.reading import arrow, json_values, rows
 from tuner.dataset.reading.strict_json import MAX_DEPTH, parse_row
 from tuner.dataset.sources import expand
 from tuner.errors import UserError
@@ -63,7 +64,9 @@ FILES = {
     "ending not known": ("a.xlsx", GOOD, "the ending '.xlsx' is not known. Known: .jsonl"),
     "no ending": ("a", GOOD, "the ending '' is not known"),
     "compressed, no ending before": ("a.gz", gzip.compress(GOOD, mtime=0), "the ending '' is not known"),
-    "utf-16": ("a.jsonl", "{}\n".encode("utf-16"), "a.jsonl is UTF-16. Save it as UTF-8"),
+    "utf-16": ("a.jsonl", "{}\n".encode("utf-16"), "a.jsonl is UTF-16 or UTF-32. Save it as UTF-8"),
+    "utf-16 without a mark": ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "is UTF-16 or UTF-32. Save it as UTF-8"),
+    "utf-16 of the other end first": ("a.json", '[{"a": 1}]\n'.encode("utf-16-be"), "is UTF-16 or UTF-32"),
     "gzip by another name": ("a.jsonl", gzip.compress(GOOD, mtime=0), "is compressed with gzip. Add .gz to its name"),
     "bzip2 by another name": ("a.csv", bz2.compress(GOOD), "is compressed with bzip2. Add .bz2"),
     "xz by another name": ("a.json", lzma.compress(GOOD), "is compressed with xz. Add .xz"),
@@ -110,12 +113,9 @@ FILES = {
     "json closed twice": ("a.json", b'{"a": 1}]', "']' closes nothing here"),
     "json without a colon": ("a.json", b'[{"a": 1},\n\n{"a" 2}]', "a.json:3: not JSON: Expecting ':'"),
     "json of single quotes": ("a.json", b"[{'a': 1}]", "a.json:1: not JSON: Expecting property name"),
-    "json not utf-8": ("a.json", b'[{"a": "\xff"}]', r"is not UTF-8 \(found the bytes ff 22"),
     "json of one endless bracket": ("a.json", b"[" * 5000, "a.json:1: nested too deeply|the array is not closed"),
     "json of no rows": ("a.json", b"[ ]", "holds no rows"),
     # text
-    "text not utf-8": ("a.txt", b"caf\xe9", "is not UTF-8 .found the bytes e9"),
-    "text with NUL": ("a.txt", b"one\ntwo\0", r"a.txt:2: a NUL byte, so this is no text"),
     # tables
     "csv header with a column twice": ("a.csv", b"a,b,a\n1,2,3\n", "the header names 'a' twice"),
     "csv header with a nameless column": ("a.csv", b"a,,b\n1,2,3\n", "has a column without a name"),
@@ -125,6 +125,7 @@ FILES = {
     "csv with a header alone": ("a.csv", b"a,b\n", "holds no rows"),
     "csv with a quote never closed": ("a.csv", b'a,b\n1,2\n3,"4\n5,6\n', "a.csv:3: a quote that opens here is never"),
     "csv header not utf-8": ("a.csv", b"caf\xe9,b\n1,2\n", "is not UTF-8"),
+    "csv ended by carriage returns": ("a.csv", b"a,b\r1,2\r", "a.csv:1: the header ends with a bare carriage return"),
     "csv header broken": ("a.csv", b'"a"x,b\n1,2\n', "the header is no row of a table"),
     # Arrow
     "parquet cut off": ("a.parquet", parquet(TABLE)[:-20], "is not a whole Parquet file .*Copy or write it again"),
@@ -307,16 +308,65 @@ def test_a_row_too_large_to_hold_is_passed_over_and_says_so(tmp_path, monkeypatc
     assert len(large.content) <= rows.QUARANTINED_BYTES
 
 
+@pytest.mark.parametrize("quote", [b"", b'"'])
+@pytest.mark.parametrize("ending", [".json", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow"])
+def test_a_row_too_large_to_hold_costs_itself_alone(tmp_path, monkeypatch, ending, quote):
+    """Strings that hold quotes, brackets and escapes, so that its end is not found where it is not."""
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(json_values, "BLOCK_CHARACTERS", 700)
+    monkeypatch.setattr(arrow, "LARGE_BYTES", 4000)
+    monkeypatch.setattr(rows, "QUARANTINED_BYTES", 100)
+    large = ('x"]}\\[{\\' if quote else "x") * 1500 + "é"
+    texts = [{"text": "one", "n": 1}, {"text": large, "n": 2}, {"text": "two", "n": 3}]
+    path = tmp_path / f"a{ending}"
+    if ending in (".json", ".jsonl"):
+        path.write_text(json.dumps(texts, indent=1) if ending == ".json" else "\n".join(map(json.dumps, texts)))
+    elif ending in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["text", "n"], delimiter="\t" if ending == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(texts)
+    else:
+        table = {"text": [row["text"] for row in texts], "n": [1, 2, 3]}
+        path.write_bytes(parquet(table) if ending == ".parquet" else arrow_file(table))
+    first, bad, last = read_all(path)
+    assert [json.loads(row.content)["text"] for row in (first, last)] == ["one", "two"]
+    assert (first.fault, last.fault) == ("", "")
+    assert re.match(r"[\d,]+ bytes or more, over 0 MiB. Cut it into several rows", bad.fault)
+    assert len(bad.content) < 70_000
+    assert bad.line == {".json": 6, ".csv": 3, ".tsv": 3}.get(ending, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'[{"text": "' + b"x" * 5_000_000 + b'"}]', "a value of over .* MiB begins here"),
-        ("a.txt", b"x" * 5000, "is one document of over .* MiB. Cut it into files"),
-        ("a.csv", b'a,b\n1,"' + b"x\n" * 5000, "a.csv:2: a quote that opens here is never closed"),
+        ("a.txt", b"x" * 5000, "one document of over 0 MiB. Cut it into files"),
+        ("a.txt", b"caf\xe9", r"not UTF-8 \(found the bytes e9\)"),
+        ("a.txt", b"one\ntwo\0", r"a NUL byte in line 2, so this is no text"),
+        ("a.json", b'[{"text": "\xff"}]', ""),
     ],
 )
-def test_a_value_too_large_to_hold_stops_a_file_that_has_no_lines(tmp_path, monkeypatch, name, content, message):
+def test_a_file_of_one_bad_row_has_that_row(tmp_path, monkeypatch, name, content, message):
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 1000)
+    (tmp_path / name).write_bytes(content)
+    [row] = read_all(tmp_path / name)
+    assert re.match(message, row.fault)
+    if not message:
+        assert row.content == b'{"text": "\xff"}'
+        with pytest.raises(UserError, match=r"not UTF-8 \(the bytes ff 22 7d at column 11\)"):
+            parse_row(row.content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "' + b"x" * 50_000 + b"}]", "a.json:1: a value of over 0 MiB begins here, and the file"),
+        ("a.csv", b'a,b\n1,"' + b"x\n" * 5000, "a.csv:2: a cell of over 0 MiB begins here. A quote that opens in it"),
+    ],
+)
+def test_a_value_that_never_ends_stops_the_file(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(json_values, "BLOCK_CHARACTERS", 700)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_all(tmp_path / name)

@@ -1,15 +1,18 @@
 """Rows of Parquet and Arrow files, in batches of bounded size."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tuner.dataset.reading import rows
 from tuner.dataset.reading.cells import row_of_cells
-from tuner.dataset.reading.rows import Row
+from tuner.dataset.reading.rows import Row, too_large
 from tuner.errors import UserError
 
 BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 1024
+LARGE_BYTES = 4 * rows.MAX_ROW_BYTES  # in memory; as Python's objects, and then as JSON, a row takes several times that
 NEEDS_PYARROW = "Reading {} files needs pyarrow: pip install tuner[data]"
 
 
@@ -86,17 +89,24 @@ def _parts(batch: Any) -> Iterator[Any]:
 
 
 def _part_rows(part: Any, first: int) -> Iterator[Row]:
+    if part.nbytes > LARGE_BYTES:
+        yield from (_single(part.slice(place, 1), first + place) for place in range(part.num_rows))
+        return
     try:
-        rows = part.to_pylist()
+        cells_of_rows = part.to_pylist()
     except UnicodeDecodeError:
         yield from (_single(part.slice(place, 1), first + place) for place in range(part.num_rows))
         return
-    for place, cells in enumerate(rows):
+    for place, cells in enumerate(cells_of_rows):
         yield row_of_cells(first + place, cells)
 
 
 def _single(part: Any, number: int) -> Row:
-    """One row of a batch that has one with broken text."""
+    """One row of a batch that has one with broken text, or one that is very large."""
+    if part.nbytes > LARGE_BYTES:
+        sizes = accumulate(column.nbytes for column in part.columns)
+        kept = [name for name, size in zip(part.schema.names, sizes) if size < rows.QUARANTINED_BYTES]
+        return _single(part.select(kept), number)._replace(fault=too_large(part.nbytes))
     try:
         return row_of_cells(number, part.to_pylist()[0])
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ import math
 import uuid
 from typing import Any
 
-from tuner.dataset.reading.rows import Row
+from tuner.dataset.reading.rows import Row, bounded
 from tuner.dataset.reading.strict_json import loads
 from tuner.errors import UserError
 
@@ -26,7 +26,7 @@ def row_of_cells(number: int, cells: dict[str, Any]) -> Row:
     """
     try:
         clean = {name: _value(_parsed(name, cell), name) for name, cell in cells.items() if not _is_missing(cell)}
-        return Row(number, json.dumps(clean, ensure_ascii=False).encode())
+        return bounded(Row(number, json.dumps(clean, ensure_ascii=False).encode()))
     except UserError as error:
         return Row(number, json.dumps(cells, ensure_ascii=True, default=repr).encode(), str(error))
 

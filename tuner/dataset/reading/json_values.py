@@ -1,17 +1,24 @@
 """Rows of a JSON file: the items of one array, or values one after another, without holding the whole file."""
 
+import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from tuner.dataset.reading import rows
-from tuner.dataset.reading.rows import Row, not_utf8
+from tuner.dataset.reading.rows import QUARANTINED_BYTES, Row, too_large, whole_characters
 from tuner.dataset.reading.strict_json import end_of_value
 from tuner.errors import UserError
 
 BLOCK_CHARACTERS = 1 << 18
 SPACE = " \t\r\n"
+STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+
+
+class _TooLargeError(Exception):
+    """The value that begins here is not to be held."""
 
 
 def read_values(stream: BinaryIO, path: Path) -> Iterator[Row]:
@@ -35,7 +42,8 @@ class _Window:
         self._stream, self._path = stream, path
         # only where a value ends is asked here, so numbers stay as they are written
         self._decode = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).raw_decode
-        self._tail = b""  # bytes of a character that the last block cut through
+        # bytes that are no UTF-8 stay recognisable, so that they cost their row only
+        self._characters = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self._at, self._ended = "", 0, False
         self.line = 1
         self._grow(BLOCK_CHARACTERS)
@@ -60,12 +68,16 @@ class _Window:
         return taken
 
     def value(self) -> Row:
-        """The next JSON value; the window doubles until it holds all of it."""
-        while True:
-            end = self._end()
-            if end is not None and (end < len(self._text) or not self._grow(BLOCK_CHARACTERS)):
-                line = self.line
-                return Row(line, self.take(end - self._at).encode())
+        """The next JSON value; the window doubles until it holds all of it, or finds it too large."""
+        line = self.line
+        try:
+            while True:
+                end = self._end()
+                if end is not None and (end < len(self._text) or not self._grow(BLOCK_CHARACTERS)):
+                    return Row(line, _bytes(self.take(end - self._at)))
+        except _TooLargeError:
+            kept = whole_characters(_bytes(self._text[self._at : self._at + QUARANTINED_BYTES]))
+            return Row(line, kept, too_large(self._pass(line)))
 
     def close(self) -> None:
         """Past the end of the array there must be nothing."""
@@ -91,20 +103,36 @@ class _Window:
     def _double(self) -> bool:
         held = len(self._text) - self._at
         if held > rows.MAX_ROW_BYTES:
-            raise UserError(
-                f"{self._path}:{self.line}: a value of over {rows.MAX_ROW_BYTES >> 20} MiB begins here. "
-                "Expected: an array of rows, each of them smaller. A quote or bracket may be missing."
-            )
+            raise _TooLargeError
         return self._grow(max(BLOCK_CHARACTERS, held))
+
+    def _pass(self, line: int) -> int:
+        """Go past the value that begins at `line`, block by block; how many bytes that was."""
+        size = depth = 0
+        quoted = False
+        while True:
+            whole = len(self._text)
+            if self._text.endswith("\\"):  # what it escapes is in the next block
+                whole = len(self._text.rstrip("\\")) + (len(self._text) - len(self._text.rstrip("\\"))) // 2 * 2
+            for mark in STRUCTURE.finditer(self._text, self._at, whole):
+                sign = mark.group()
+                quoted ^= sign == '"'
+                depth += 0 if quoted else {"[": 1, "{": 1, "]": -1, "}": -1}.get(sign, 0)
+                if depth == 0 and not quoted:
+                    return size + len(_bytes(self.take(mark.end() - self._at)))
+            size += len(_bytes(self.take(whole - self._at)))
+            if not self._grow(BLOCK_CHARACTERS):
+                raise UserError(
+                    f"{self._path}:{line}: a value of over {rows.MAX_ROW_BYTES >> 20} MiB begins here, and the file "
+                    "ends before it does. A quote or bracket may be missing, or the end of the file."
+                )
 
     def _grow(self, size: int) -> bool:
         if self._ended:
             return False
         block = self._stream.read(size)
         self._ended = not block
-        data = self._tail + block
-        text, used = _decode_block(data, self._path, final=self._ended)
-        self._tail = data[used:]
+        text = self._characters.decode(block, final=self._ended)
         self._text, self._at = self._text[self._at :] + text, 0
         return True
 
@@ -119,11 +147,6 @@ class _Window:
         return UserError(f"{self._path}:{self.line}: nested too deeply. Expected: an array of JSON objects.")
 
 
-def _decode_block(data: bytes, path: Path, *, final: bool) -> tuple[str, int]:
-    """Text of the whole characters in `data`, and how many bytes they take."""
-    try:
-        return data.decode(), len(data)
-    except UnicodeDecodeError as error:
-        if not final and error.start >= len(data) - 3:
-            return data[: error.start].decode(), error.start
-        raise not_utf8(path, error) from error
+def _bytes(text: str) -> bytes:
+    """Text as it lay in the file, what was no UTF-8 included."""
+    return text.encode(errors="surrogateescape")

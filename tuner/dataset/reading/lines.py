@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tuner.dataset.reading import rows
-from tuner.dataset.reading.rows import QUARANTINED_BYTES, UTF8_BOM, Row, decode, too_large
-from tuner.errors import UserError
+from tuner.dataset.reading.rows import QUARANTINED_BYTES, UTF8_BOM, Row, too_large, whole_characters
 
 
 def read_lines(stream: BinaryIO, path: Path) -> Iterator[Row]:
@@ -29,17 +28,28 @@ def read_lines(stream: BinaryIO, path: Path) -> Iterator[Row]:
 def read_text(stream: BinaryIO, path: Path) -> Iterator[Row]:
     """A whole file as one row of the text format."""
     data = stream.read(rows.MAX_ROW_BYTES + 1)
+    fault = _fault(data)
+    kept = whole_characters(data[:QUARANTINED_BYTES]) if len(data) > rows.MAX_ROW_BYTES else data
+    text = kept.removeprefix(UTF8_BOM).decode(errors="replace")
+    if text.strip():
+        yield Row(1, json.dumps({"text": text}, ensure_ascii=False).encode(), fault)
+
+
+def _fault(data: bytes) -> str:
+    """What keeps a file from being one document of text, '' for nothing."""
     if len(data) > rows.MAX_ROW_BYTES:
-        raise UserError(
-            f"{path} is one document of over {rows.MAX_ROW_BYTES >> 20} MiB. "
+        return (
+            f"one document of over {rows.MAX_ROW_BYTES >> 20} MiB. "
             'Cut it into files, or into rows of a .jsonl file, {"text": ...} each.'
         )
-    text = decode(data.removeprefix(UTF8_BOM), path)
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{path}:{line}: a NUL byte, so this is no text. Check what wrote the file.")
-    if text.strip():
-        yield Row(1, json.dumps({"text": text}, ensure_ascii=False).encode())
+    if (nul := data.find(0)) >= 0:
+        return f"a NUL byte in line {data.count(10, 0, nul) + 1}, so this is no text. Check what wrote the file."
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        found = error.object[error.start : error.start + 4].hex(" ")
+        return f"not UTF-8 (found the bytes {found}). Save the file as UTF-8."
+    return ""
 
 
 def pass_line(stream: BinaryIO) -> int:
@@ -50,8 +60,3 @@ def pass_line(stream: BinaryIO) -> int:
         if piece.endswith(b"\n"):
             break
     return size
-
-
-def whole_characters(data: bytes) -> bytes:
-    """Bytes without the character that their end cuts through."""
-    return data.decode(errors="ignore").encode()

@@ -48,8 +48,15 @@ def check_signature(head: bytes, path: Path) -> None:
     for signature, (kind, remedy) in SIGNATURES.items():
         if head.startswith(signature) or start.startswith(signature.lower()):
             raise UserError(f"{path} is {kind}. {remedy}")
-    if head.startswith(UTF16_BOMS):
-        raise UserError(f"{path} is UTF-16. Save it as UTF-8.")
+    if head.startswith(UTF16_BOMS) or _is_every_other_byte_nul(head[: 2 * SIGNATURE_BYTES]):
+        raise UserError(f"{path} is UTF-16 or UTF-32. Save it as UTF-8.")
+
+
+def _is_every_other_byte_nul(head: bytes) -> bool:
+    """Whether this is ASCII in UTF-16 (or UTF-32) without a mark."""
+    return any(
+        len(head) > 3 and not head[place::2].strip(b"\0") and b"\0" not in head[1 - place :: 4] for place in (0, 1)
+    )
 
 
 def decode(data: bytes, path: Path) -> str:
@@ -64,6 +71,18 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
     """What to say of a file that is no text."""
     found = error.object[error.start : error.start + 4].hex(" ")
     return UserError(f"{path} is not UTF-8 (found the bytes {found}). Save it as UTF-8.")
+
+
+def bounded(row: Row) -> Row:
+    """The row itself; one that is too large to hold as the beginning of it, with this for its fault."""
+    if len(row.content) <= MAX_ROW_BYTES:
+        return row
+    return Row(row.line, whole_characters(row.content[:QUARANTINED_BYTES]), too_large(len(row.content)))
+
+
+def whole_characters(data: bytes) -> bytes:
+    """Bytes without the character that their end cuts through."""
+    return data.decode(errors="ignore").encode()
 
 
 def too_large(num_bytes: int) -> str:

@@ -78,6 +78,10 @@ def explain(error: json.JSONDecodeError, text: str) -> str:
         return f"not JSON: a raw control character (\\x{ord(found):02x}) {where}. Write it as \\u{ord(found):04x}."
     if "\r" in text.strip() and error.msg == "Extra data":
         return f"not JSON: several rows on one line, ended by bare carriage returns. End lines with \\n. {EXPECTED}"
+    if found == "\ufeff":
+        return f"not JSON: a byte order mark {where}, which is not at the beginning of the text. Remove it. {EXPECTED}"
+    if text.endswith("\n") and not text[error.pos :].strip():  # a line of a file, then
+        return f"not JSON: {error.msg} {where}, where the line ends. {EXPECTED} A file of longer values is named .json."
     if found == "'":
         return f"not JSON: a single quote {where}, as Python prints a dict. Write rows with json.dumps. {EXPECTED}"
     return f"not JSON: {error.msg} {where}. {EXPECTED}"
