@@ -110,8 +110,6 @@ def run_attempts(run: Run, nodes: Nodes, signals: Signals, options: Options, dir
         own = directory / f"attempt_{attempt}"
         own.mkdir()
         outcome = run_attempt(run, nodes, signals, options, attempt, own)
-        if outcome.failure is not None and (outcome.is_ours or nodes.node.is_first):
-            say(description(outcome.failure, run, nodes.node))
         if not nodes.all_ended(attempt) or not outcome.is_worth_another or signals.count:
             break
         if attempt < options.max_restarts:
@@ -129,9 +127,13 @@ def run_attempt(
     try:
         processes.start(run.command, common_variables(nodes.node, options, attempt, directory))
         outcome = watch(processes, nodes, signals, options, attempt)
+        if outcome.failure is not None:
+            if outcome.is_ours or nodes.node.is_first:
+                say(description(outcome.failure, run, nodes.node))  # before anything that ranks say as they end
+            processes.end()
+        return outcome
     finally:
         processes.end(politely=False)
-    return outcome
 
 
 def common_variables(node: Node, options: Options, attempt: int, directory: Path) -> dict[str, str]:
@@ -170,7 +172,6 @@ def watch(processes: Processes, nodes: Nodes, signals: Signals, options: Options
             asked = time.monotonic()
             failure = nodes.failure(attempt)
         if failure is not None:
-            processes.end()
             return Outcome(failure.code, failure, is_ours)
 
 
