@@ -23,7 +23,7 @@ from tuner.dataset.sources import expand, parse_entry
 from tuner.dataset.streaming import refuse_weights
 from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.demo.files import PREFIX
-from tuner.engine.strategy import PRECISIONS
+from tuner.engine.precision import PRECISIONS
 from tuner.errors import UserError
 from tuner.model.attention import BACKENDS
 from tuner.model.build import WEIGHTS, build_llm

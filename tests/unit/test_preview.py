@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -198,6 +200,13 @@ def test_a_preview_needs_a_tokenizer_and_nothing_else_of_the_model(tmp_path: Pat
     check(loads(source), DATA_PARTS)
     assert run(words(settings)) == 0
     assert "document" in capsys.readouterr().out
+
+
+def test_what_only_trains_is_not_loaded():
+    """The engine with its packages is some seconds of start-up."""
+    code = "import tuner.preview.command, sys; print({'mmengine', 'deepspeed', 'peft'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert shown.stdout == "set()\n"
 
 
 def test_mistakes_in_the_data_part_are_told_all_at_once(tmp_path: Path, capsys: Any):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tuner.constants import IGNORE_INDEX
+from tuner.engine.precision import PRECISIONS
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles, share_of, write_share
 from tuner.engine.together import all_or_none, sum_over_ranks
@@ -23,7 +24,6 @@ from tuner.parallel.ranks import Ranks
 from tuner.parallel.sequence import cut
 
 Batch = Mapping[str, Any]
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 OWN_MESH = Mesh(Degrees(), *(Ranks([0], 0) for _ in range(4)))
