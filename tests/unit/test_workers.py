@@ -50,7 +50,11 @@ def test_no_more_items_are_taken_than_the_window_holds():
 
 @pytest.mark.parametrize(
     ("function", "error", "message"),
-    [(refuse, UserError, "five"), (divide, RuntimeError, "ZeroDivisionError"), (die, RuntimeError, r"ended early.*-9")],
+    [
+        (refuse, UserError, "five"),
+        (divide, RuntimeError, r"^ZeroDivisionError: division by zero \(in a worker process\)\nTraceback"),
+        (die, UserError, r"ended early.*-9"),
+    ],
 )
 def test_errors_and_deaths_are_told(function, error, message):
     with pytest.raises(error, match=message), Workers(function, num_workers=2) as workers:
@@ -65,6 +69,22 @@ if __name__ == "__main__":
         print(list(workers.map(range(4))), *(process.pid for process in workers._processes), flush=True)
         time.sleep(60)
 """
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.1, 0.3])
+def test_ctrl_c_is_for_the_parent_alone_from_the_beginning(tmp_path, seconds):
+    """A terminal sends it to all processes, also to those that still import what they need."""
+    (tmp_path / "script.py").write_text(ORPHANS.replace("    with", "    print(flush=True)\n    with"))
+    command = [sys.executable, tmp_path / "script.py"]
+    parent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    time.sleep(seconds)
+    os.killpg(parent.pid, signal.SIGINT)
+    _, errors = parent.communicate(timeout=20)
+    assert errors.count("Traceback") == errors.count("KeyboardInterrupt") == 1, errors
 
 
 def test_workers_leave_when_their_parent_is_killed(tmp_path):

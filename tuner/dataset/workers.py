@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from tuner.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+GONE = (EOFError, OSError)  # what a pipe raises whose other end is gone, maybe in the middle of a message
 WINDOW = 4  # items per worker that may be under way or wait for their turn
 
 
@@ -61,7 +63,8 @@ class Workers(Generic[Item, Result]):
         for _ in range(self._num_workers if self._num_workers > 1 else 0):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, self._function), daemon=True)
-            process.start()
+            with _without_interrupts():
+                process.start()
             theirs.close()  # so that a worker's death shows as the end of our pipe
             self._processes.append(process)
             self._idle.append(ours)
@@ -100,8 +103,8 @@ class Workers(Generic[Item, Result]):
             self._busy[connection] = number
             try:
                 connection.send(item)
-            except BrokenPipeError as death:
-                raise RuntimeError(self._obituary()) from death
+            except ConnectionError as death:
+                raise self._obituary() from death
             return True
         return False
 
@@ -111,39 +114,51 @@ class Workers(Generic[Item, Result]):
             assert isinstance(connection, Connection)
             try:
                 result, error = connection.recv()
-            except (EOFError, ConnectionResetError) as death:
-                raise RuntimeError(self._obituary()) from death
+            except GONE as death:
+                raise self._obituary() from death
             if error is not None:
                 raise error
             received[self._busy.pop(connection)] = result
             self._idle.append(connection)
         return received
 
-    def _obituary(self) -> str:
+    def _obituary(self) -> UserError:
+        """What to say of a worker that is gone."""
         for process in self._processes:
             process.join(timeout=1)
         codes = sorted({process.exitcode for process in self._processes if process.exitcode})
-        return (
-            f"A worker process ended early (exit codes {codes}). -9 means killed, often for lack of memory. "
+        return UserError(
+            f"A worker process ended early (exit codes {codes}). -9 means killed, often for lack of memory: "
+            "`taskset -c 0 tuner ...` works with one process instead of one for each core. "
             '1 at the start often means a script without `if __name__ == "__main__":` around its work.'
         )
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits; a process that is started meanwhile never gets it: it is for the parent, whose end ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     while True:
         try:
             item = connection.recv()
-        except EOFError:
+        except GONE:
             return
         try:
             answer: tuple[Any, Exception | None] = (function(item), None)
         except UserError as error:
             answer = (None, error)
-        except Exception:  # an error of ours: its traceback would not survive the journey by itself
-            answer = (None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
+        except Exception as error:  # one of ours: its traceback would not survive the journey by itself
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            answer = (None, RuntimeError(f"{told} (in a worker process)\n{traceback.format_exc()}"))
         try:
             connection.send(answer)
-        except BrokenPipeError:
+        except ConnectionError:
             return
