@@ -1,6 +1,7 @@
 """Data files -> shards, each made once and opened at once ever after; the ledger is printed."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from tuner.dataset.cache import build_once, writing
+from tuner.dataset.cache import build_once, one_at_a_time, writing
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG, EncodedChunk, RowEncoder
 from tuner.dataset.fingerprint import changes, code_digest, digest
 from tuner.dataset.format_choice import Format, choose_format, files_by_format, mistake_in
@@ -66,7 +67,8 @@ def build_shards(
     shards = Shards([directories[file] for file in files], files, shares)
     print(shards.ledger.table(), flush=True)
     if not len(shards):
-        raise UserError(f"No document is left of {', '.join(map(str, files))}: see the token ledger above.")
+        why = shards.ledger.why_empty(preparations[0][1].rows.samples.rendering.loss_on)
+        raise UserError(f"No document is left of {', '.join(map(str, files))}: {why}. See the token ledger above.")
     return shards
 
 
@@ -113,7 +115,15 @@ class Preparation:
     num_workers: int
 
     def run(self, files: list[Path]) -> dict[Path, Path]:
-        """One shard per file, so that another file or an edited one costs only itself: the directory of each."""
+        """One shard per file, so that another file or an edited one costs only itself: the directory of each.
+
+        Of several processes that ask for the same, as the ranks of a run do, one makes what is missing.
+        """
+        work = digest({"files": [str(file.absolute()) for file in files], **self.settings, **self.fixed})
+        with one_at_a_time(self.cache_dir, work) as tell:
+            return self._run(files, tell)
+
+    def _run(self, files: list[Path], tell: Callable[[str], None]) -> dict[Path, Path]:
         directories = []
         missing = {}
         for file in files:
@@ -124,7 +134,7 @@ class Preparation:
             if not is_whole(directory):
                 missing[file] = _Missing(directory, ingredients, seen)
         if missing:
-            self._make(missing)
+            self._make(missing, tell)
         for file, directory in zip(files, directories):
             _report_bad_rows(file, directory)
         return dict(zip(files, directories))
@@ -159,7 +169,7 @@ class Preparation:
                 write_record(place, {**record, "ingredients": ingredients})
         return ingredients
 
-    def _make(self, missing: dict[Path, _Missing]) -> None:
+    def _make(self, missing: dict[Path, _Missing], tell: Callable[[str], None]) -> None:
         size = sum(file.stat().st_size for file in missing)
         num_workers = min(self.num_workers, -(-size // max(1, SMALL_BYTES)))
         if num_workers > 1 and not travels(self.rows, "Tokenising"):
@@ -167,11 +177,19 @@ class Preparation:
         bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=progress_interval())
         with bar, Workers(self.rows, num_workers=num_workers) as workers:
             for file, shard in missing.items():
-                write = partial(_write, file=file, shard=shard, workers=workers, bar=bar)
+                write = partial(_write, file=file, shard=shard, workers=workers, bar=bar, tell=tell)
                 build_once(shard.directory, write, is_whole)
 
 
-def _write(directory: Path, *, file: Path, shard: _Missing, workers: Workers[Chunk, EncodedChunk], bar: Any) -> None:
+def _write(
+    directory: Path,
+    *,
+    file: Path,
+    shard: _Missing,
+    workers: Workers[Chunk, EncodedChunk],
+    bar: Any,
+    tell: Callable[[str], None],
+) -> None:
     writer = ShardWriter(directory)
     ledger, position = Ledger(), 0
     try:
@@ -184,6 +202,7 @@ def _write(directory: Path, *, file: Path, shard: _Missing, workers: Workers[Chu
             bar.set_postfix_str(f"{ledger.read.tokens:,} tokens", refresh=False)
             bar.update(chunk.position - position)
             position = chunk.position
+            tell(f"{bar.n / max(1, bar.total):.0%} is tokenised, of {file.name} {ledger.read.tokens:,} tokens")
         check_unchanged(file, shard.seen)
         writer.close(ledger, shard.ingredients)
     finally:
