@@ -243,9 +243,12 @@ def test_an_error_in_a_users_function_names_the_row(tmp_path, make):
 
 def test_data_in_which_nothing_is_left_is_an_error_after_the_ledger(tmp_path, make, capsys):
     path = write_rows(tmp_path / "a.jsonl", [row(1, words=500)])
-    with pytest.raises(UserError, match="No document is left"):
+    with pytest.raises(UserError, match=r"No document is left of .*: 1 documents are too long: raise max_len"):
         make(path, too_long="drop")
     assert "dropped, too long" in capsys.readouterr().out
+    bad = write_rows(tmp_path / "bad.jsonl", ["{"])
+    with pytest.raises(UserError, match=r"No document is left of .*: 1 rows are bad: why is in the file"):
+        make(bad, on_bad_row="skip")
 
 
 def test_paths_that_lead_nowhere_are_named_with_a_remedy(tmp_path, make):

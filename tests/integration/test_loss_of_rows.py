@@ -84,7 +84,8 @@ def test_a_choice_has_shards_of_its_own_and_the_default_is_the_name_alone(tmp_pa
 
 
 def test_a_choice_that_leaves_nothing_of_all_rows_says_so(tmp_path: Path):
-    with pytest.raises(UserError, match="No document is left"):
+    message = r'1 documents have nothing to train: loss_on = "calls" finds nothing in them, or max_length'
+    with pytest.raises(UserError, match=rf"No document is left of .*: {message}"):
         shards_of(tmp_path, [TALK], Rendering("qwen2.5", "calls"))
 
 

@@ -81,6 +81,16 @@ class Ledger:
         }
         return cls(**fields_of_it)
 
+    def why_empty(self, loss_on: str) -> str:
+        """What left no document, and what to do about each; `loss_on` is what was chosen to be trained."""
+        narrow = f'loss_on = "{loss_on}" finds nothing in them' if loss_on != "assistant" else "no answer is in them"
+        said = [
+            (self.skipped, "rows are bad: why is in the file named above"),
+            (self.dropped.documents, 'documents are too long: raise max_length, or set too_long = "split"'),
+            (self.untrained.documents, f"documents have nothing to train: {narrow}, or max_length cuts it off"),
+        ]
+        return "; ".join(f"{number:,} {what}" for number, what in said if number)
+
     def table(self) -> str:
         """For a person: one line for each way a token can go."""
         lines = [

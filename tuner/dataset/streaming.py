@@ -93,7 +93,10 @@ class StreamedShards:
         assert self._ahead is not None, "steps are planned where the windows are made"
         while (position := self.epoch.find(pack, self.epoch.packs)) is None:
             if self.epoch.is_complete:
-                raise UserError(f"No document is left of {', '.join(map(str, self.files))}: see the token ledger.")
+                names = ", ".join(map(str, self.files))
+                raise UserError(
+                    f"No document is left of {names}: all rows are bad or too long, or loss_on leaves nothing to train."
+                )
             self._ahead.need(len(self.epoch.windows))
         if not self.epoch.is_complete:
             self._ahead.need(position.window)  # it is there; now the ones behind it are made
