@@ -57,6 +57,21 @@ def test_the_largest_sources_are_named_and_the_others_are_one_bar():
     assert histogram.counts[-1] == sum(range(10))
 
 
+def test_the_last_bin_ends_at_the_greatest_value():
+    """With max_length = 300 a bar that says 300-319 would be wrong."""
+    assert of_values("lengths", "documents", np.array([106, 291, 299])).labels[-1] == "280-299"
+    assert of_values("lengths", "documents", np.array([106, 291, 300])).labels[-1] == "300"
+    assert of_values("lengths", "documents", np.array([106, 291, 305])).labels[-1] == "300-305"
+
+
+def test_a_long_name_leaves_room_for_its_bar():
+    [label, short] = of_sources(["/data/" + "folder/" * 20 + "train.jsonl", "b.jsonl"], [2, 1]).labels
+    assert label.startswith("...")
+    assert label.endswith("folder/train.jsonl")
+    assert len(label) == 48
+    assert short == "b.jsonl"
+
+
 def test_a_picture_grows_with_its_bars_and_stands_any_name():
     small = png(of_sources(["a"], [1]))
     large = png(of_sources(["$x^$ 数据 \u202e", *"bcdefghij"], list(range(1, 11))))

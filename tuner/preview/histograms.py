@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 40
 MOST_BINS = 12
 MOST_SOURCES = 20
+MOST_CHARACTERS = 48  # of a source's name
 TAIL = 8  # times the median: where the longest is over it, bins double in width rather than stay equal
 NAMES = ("lengths", "trained", "sources")
 
@@ -58,8 +58,9 @@ def of_values(name: str, what: str, values: NDArray[np.int64]) -> Histogram:
     """How many of `values` (documents,) lie in each bin; the title has the least, the middle and the greatest."""
     edges = bin_edges(values)
     counts, _ = np.histogram(values, edges)
-    labels = [f"{low:,}" if high == low + 1 else f"{low:,}-{high - 1:,}" for low, high in pairwise(edges)]
     least, middle, most = int(values.min()), int(np.median(values)), int(values.max())
+    ends = [*(edge - 1 for edge in edges[1:-1]), most]  # max_length is often the most, and nothing lies beyond it
+    labels = [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high in zip(edges, ends)]
     title = f"{what}: least {least:,}, median {middle:,}, most {most:,}, all {int(values.sum()):,}"
     return Histogram(name, title, labels, counts.tolist())
 
@@ -68,12 +69,17 @@ def of_sources(names: Sequence[str], tokens: Sequence[int]) -> Histogram:
     """Tokens of each source, the largest first; what is beyond MOST_SOURCES goes into one bar."""
     order = sorted(range(len(names)), key=lambda place: (-tokens[place], place))
     shown, rest = order[:MOST_SOURCES], order[MOST_SOURCES:]
-    labels = [visible(names[place]) for place in shown]
+    labels = [_shortened(visible(names[place])) for place in shown]
     counts = [tokens[place] for place in shown]
     if rest:
         labels.append(f"{len(rest):,} others")
         counts.append(sum(tokens[place] for place in rest))
     return Histogram("sources", f"tokens by source: {sum(tokens):,} in all", labels, counts)
+
+
+def _shortened(name: str) -> str:
+    """The end of a long path, so that it leaves room for the bars."""
+    return name if len(name) <= MOST_CHARACTERS else "..." + name[3 - MOST_CHARACTERS :]
 
 
 def bin_edges(values: NDArray[np.int64]) -> list[int]:
@@ -123,6 +129,7 @@ def png(histogram: Histogram) -> bytes:
     """The picture of a histogram. What its font may not have is written as an escape."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second of start-up that only pictures need
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(histogram.labels)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -132,6 +139,9 @@ def png(histogram: Histogram) -> bytes:
     axes.bar_label(drawn, labels=[f"{count:,}" for count in histogram.counts], padding=3, fontsize=8)
     labels = [label.encode("ascii", "backslashreplace").decode() for label in histogram.labels]
     axes.set_yticks(places, labels, fontsize=8, parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.tick_params(axis="x", labelsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_title(histogram.title, fontsize=9, parse_math=False)
