@@ -1,17 +1,22 @@
-"""Packs of several sources by weight: any 1,000 in a row hold each source's share to within one pack."""
+"""Packs of several sources by weight: over any 1,000 in a row, and where packs of like cost meet in a step."""
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.dataset.packing import IntArray, Packs, pack, pack_each, reorder
+from tuner.dataset.packing import RUN, IntArray, Packs, pack, pack_each, random_bits, reorder
+from tuner.dataset.places import BLOCK, Places, even_order
 
-BLOCK = 1000  # packs: over so many, wherever they begin, each source has its share to within one pack
-SCALE = 1 << 40  # rates are integers of this sum, so that no rounding differs between machines
-MIN_ROUND = 64  # packs: a source that has fewer is packed several times over at once
+MIN_ROUND = 64  # packs: a source that has fewer is packed several times over at once,
+MOST_DOCUMENTS = 1 << 20  # but so often that it has no more documents in a round
+COMPANY = 16  # full packs that share the room of one that is not
+POOR = 0.98  # of others: a pack with less is not full
+FEW_BLOCKS = 2  # in a round that takes fewer, packs of other sizes are spread in time and not put where costs are like
+NEIGHBOURS = 4  # packs of like size that are put in a random order among themselves
 
 
 class Share(NamedTuple):
@@ -26,8 +31,8 @@ class Mixture:
     """The packs of an endless training run over weighted sources; an epoch is as many as all sources fill once.
 
     A pack holds documents of one source. Each source is packed as a whole (a round), and anew when that is used up: a
-    small source repeats within an epoch, a large one goes on in the next where it stopped. All is a function of the
-    lengths, the weights and the seed.
+    small source repeats within an epoch, a large one goes on in the next where it stopped. Places say which source is
+    next; what a round has goes to its places by cost. All is a function of the lengths, the weights and the seed.
     """
 
     def __init__(
@@ -43,22 +48,33 @@ class Mixture:
         """Documents starts[s] to starts[s + 1] (of `lengths` tokens) are of source s and weigh weights[s]."""
         self._starts, self._lengths, self._max_length = list(starts), lengths, max_length
         self._seed, self._pack = seed, pack
-        self._last: dict[int, tuple[tuple[int, int], Packs]] = {}  # the next epoch goes on in a source's last round
-        counts = [len(self._packed(source, 0, repeats=1)) for source in range(len(weights))]
-        self._repeats = [-(-MIN_ROUND // count) for count in counts]
-        self._rounds = [len(self._packed(source, 0, times)) for source, times in enumerate(self._repeats)]
-        self.num_packs = sum(counts)
+        self._last: dict[int, tuple[int, Packs]] = {}  # the next epoch goes on in a source's last round
         tokens = [int(lengths[start:end].sum()) for start, end in pairwise(starts)]
+        counts = [len(self._packed(source, 0, repeats=1)) for source in range(len(weights))]
+        self._repeats = [self._enough(source, *each) for source, each in enumerate(zip(counts, tokens))]
+        rounds = [self._packed(source, 0, times) for source, times in enumerate(self._repeats)]
+        self._rounds = [len(packs) for packs in rounds]
         full = [total * times / size for total, times, size in zip(tokens, self._repeats, self._rounds)]
-        self.rates = integer_rates([weight / mean for weight, mean in zip(weights, full)])
-        """of SCALE: packs of each source, such that the tokens have the weights as shares"""
+        self.num_packs = sum(counts)
+        run = RUN if self.num_packs >= BLOCK // 4 else 1
+        if run > 1:
+            self.num_packs = -(-self.num_packs // run) * run  # so that every epoch begins with a run
+        shares = [weight / mean for weight, mean in zip(weights, full)]
+        self._places = Places([packs.sizes(lengths**2) for packs in rounds], shares, run=run, seed=seed)
+
+    def _enough(self, source: int, count: int, tokens: int) -> int:
+        """How often a source comes in a round: until it fills MIN_ROUND packs, or is MOST_DOCUMENTS."""
+        if count >= MIN_ROUND:
+            return 1
+        most = max(1, MOST_DOCUMENTS // (self._starts[source + 1] - self._starts[source]))
+        return min(most, -(-MIN_ROUND * self._max_length // tokens) if self._pack else -(-MIN_ROUND // count))
 
     def packs(self, epoch: int) -> Packs:
         """The packs of an epoch; always `num_packs`."""
         first = epoch * self.num_packs
-        sources, before = sources_of_packs(self.rates, first, first + self.num_packs)
+        sources, before = self._places.sources(first, first + self.num_packs)
         parts = [self._next(source, int(before[source]), int(number)) for source, number in enumerate(
-            np.bincount(sources, minlength=len(self.rates)))]  # fmt: skip
+            np.bincount(sources, minlength=len(before)))]  # fmt: skip
         documents = np.concatenate([part for part, _ in parts])
         sizes = np.concatenate([part for _, part in parts])
         places = np.empty_like(sources)  # of each pack of the epoch among those, which lie source by source
@@ -71,7 +87,7 @@ class Mixture:
         size, last = self._rounds[source], first + number
         while first < last:
             turn, begin = divmod(first, size)
-            packs = self._packed(source, turn, self._repeats[source])
+            packs = self._round(source, turn)
             end = min(size, begin + last - first)
             edges = packs.edges[begin : end + 1]
             documents.append(packs.documents[edges[0] : edges[-1]])
@@ -79,82 +95,67 @@ class Mixture:
             first += end - begin
         return np.concatenate(documents), np.concatenate(sizes)
 
+    def _round(self, source: int, turn: int) -> Packs:
+        """Round `turn` of a source, in the order in which its packs are trained: costly ones at costly places."""
+        if self._last.get(source, (-1,))[0] != turn:
+            packs = self._packed(source, turn, self._repeats[source])
+            bits = random_bits(len(packs), [self._seed, source, turn, 4])
+            sizes = packs.sizes(self._lengths)
+            if len(packs) < FEW_BLOCKS * self._places.average[source] and are_uneven(sizes):
+                order = spread(sizes, bits, self._seed)
+            else:
+                places = self._places.ranks(source, turn * len(packs), len(packs))
+                order = np.empty(len(packs), np.int64)
+                order[np.lexsort((bits, places))] = np.argsort(packs.sizes(self._lengths**2), kind="stable")
+            self._last[source] = (turn, reorder(packs.documents, np.diff(packs.edges), order))
+        return self._last[source][1]
+
     def _packed(self, source: int, turn: int, repeats: int) -> Packs:
-        """Round `turn` of a source, in which each of its documents comes `repeats` times."""
-        if self._last.get(source, (None,))[0] == (turn, repeats):
-            return self._last[source][1]
+        """The packs of a round of a source, in which each of its documents comes `repeats` times."""
         start, end = self._starts[source : source + 2]
         seed = (self._seed, source, turn)
         lengths = np.tile(self._lengths[start:end], repeats)
-        packs = pack(lengths, self._max_length, seed) if self._pack else pack_each(lengths, seed)
-        packs = Packs(start + packs.documents % (end - start), packs.edges)
-        self._last[source] = ((turn, repeats), packs)
-        return packs
+        packs = levelled(pack(lengths, self._max_length, seed), lengths) if self._pack else pack_each(lengths, seed)
+        return Packs(start + packs.documents % (end - start), packs.edges)
 
 
-def integer_rates(rates: Sequence[float]) -> list[int]:
-    """Rates as integers that add up to SCALE; the largest takes what rounding leaves."""
-    total = sum(rates)
-    scaled = [round(rate / total * SCALE) for rate in rates]
-    scaled[scaled.index(max(scaled))] += SCALE - sum(scaled)
-    return scaled
+def are_uneven(sizes: IntArray) -> bool:
+    """Whether packs differ by more than 1 - POOR of their mean on average; in whole numbers, the same everywhere."""
+    total, number = int(sizes.sum()), len(sizes)
+    return int(np.abs(sizes * number - total).sum()) > (1 - POOR) * total * number
 
 
-def sources_of_packs(rates: Sequence[int], first: int, last: int) -> tuple[IntArray, IntArray]:
-    """(last - first,) the source of each of these packs, and (sources,) how many packs of each come before `first`."""
-    before = np.zeros(len(rates), np.int64)
-    found = []
-    for number, block in enumerate(_blocks(rates)):
-        start = number * BLOCK
-        if start >= last:
-            break
-        before += np.bincount(block[: max(0, first - start)], minlength=len(rates))
-        found.append(block[max(0, first - start) : last - start])
-    return np.concatenate([np.empty(0, np.int64), *found]), before
+def spread(sizes: IntArray, bits: NDArray[np.uint64], seed: int) -> IntArray:
+    """Packs in an order in which any few in a row have large and small ones alike; `bits` (packs,) are random."""
+    by_size = np.lexsort((bits, sizes))
+    mixed = by_size[np.lexsort((bits[by_size], np.arange(len(sizes)) // NEIGHBOURS))]
+    return mixed[even_order(len(sizes), seed)]
 
 
-def _blocks(rates: Sequence[int]) -> Iterator[IntArray]:
-    """(BLOCK,) sources, block after block, without end.
+def levelled(packs: Packs, lengths: IntArray) -> Packs:
+    """The same documents in as many packs, but what few packs lack is shared by many: COMPANY others for each.
 
-    Two blocks in a row differ only where a source gains or loses one place, so that a window across them has as many
-    of each source as the one or the other.
+    Those with most documents share, for theirs are short; where they cannot, or most packs lack something, nothing
+    changes.
     """
-    owed = [0] * len(rates)
-    counts = _block_counts(rates, owed)
-    block = _spread(counts)
-    while True:
-        yield block
-        after = _block_counts(rates, owed)
-        losing = [source for source, number in enumerate(after) if number < counts[source]]
-        gaining = [source for source, number in enumerate(after) if number > counts[source]]
-        block = block.copy()
-        for loser, winner in zip(losing, gaining):
-            block[_place_to_give(block, loser, winner)] = winner
-        counts = after
-
-
-def _block_counts(rates: Sequence[int], owed: list[int]) -> list[int]:
-    """Places of each source in the next block: its share rounded down, or up where most is `owed` (which is kept)."""
-    counts = [BLOCK * rate // SCALE for rate in rates]
-    for source, rate in enumerate(rates):
-        owed[source] += BLOCK * rate - counts[source] * SCALE
-    left = BLOCK - sum(counts)
-    for source in sorted(range(len(rates)), key=lambda source: (-owed[source], source))[:left]:
-        counts[source] += 1
-        owed[source] -= SCALE
-    return counts
-
-
-def _spread(counts: Sequence[int]) -> IntArray:
-    """A block in which each source's places are as even as can be."""
-    keys = [((2 * turn + 1) / number, source) for source, number in enumerate(counts) for turn in range(number)]
-    return np.array([source for _, source in sorted(keys)], np.int64)
-
-
-def _place_to_give(block: IntArray, loser: int, winner: int) -> int:
-    """The place of the loser that is farthest from the winner's own; blocks are taken as a ring."""
-    mine, theirs = np.flatnonzero(block == loser), np.flatnonzero(block == winner)
-    if not len(theirs):
-        return int(mine[len(mine) // 2])
-    apart: NDArray[np.int64] = np.abs(mine[:, None] - theirs[None, :])
-    return int(mine[np.minimum(apart, BLOCK - apart).min(axis=1).argmax()])
+    sizes = packs.sizes(lengths)
+    poor = np.flatnonzero(sizes < POOR * sizes.mean())
+    company = min(COMPANY, len(packs) // max(1, len(poor)) - 1)
+    if not len(poor) or company < 1:
+        return packs
+    numbers = np.diff(packs.edges)
+    numbers[poor] = 0
+    pool = np.concatenate([poor, np.argsort(-numbers, kind="stable")[: company * len(poor)]])
+    documents = np.concatenate([packs[place] for place in pool.tolist()])
+    heap = [(0, place) for place in range(len(pool))]
+    shared: list[list[int]] = [[] for _ in pool]
+    for document in documents[np.argsort(-lengths[documents], kind="stable")].tolist():
+        tokens, place = heap[0]
+        shared[place].append(document)
+        heapq.heapreplace(heap, (tokens + int(lengths[document]), place))
+    if max(heap)[0] > sizes.max():
+        return packs
+    kept = np.setdiff1d(np.arange(len(packs)), pool)
+    others = reorder(packs.documents, np.diff(packs.edges), kept)
+    edges = np.concatenate([others.edges, others.edges[-1] + np.cumsum([len(part) for part in shared])])
+    return Packs(np.concatenate([others.documents, *shared]), edges)

@@ -222,8 +222,8 @@ def _fill(kinds: list[_Kind], ordered: IntArray, starts: IntArray) -> tuple[IntA
 
 
 def reorder(documents: IntArray, sizes: IntArray, order: IntArray) -> Packs:
-    """The packs in another order."""
+    """The packs in another order; those that `order` leaves out are left out."""
     starts = np.cumsum(sizes) - sizes
     edges = np.concatenate([[0], np.cumsum(sizes[order])])
-    gather = np.arange(len(documents)) + np.repeat(starts[order] - edges[:-1], sizes[order])
+    gather = np.arange(edges[-1]) + np.repeat(starts[order] - edges[:-1], sizes[order])
     return Packs(documents[gather], edges)
