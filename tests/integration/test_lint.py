@@ -69,7 +69,13 @@ def test_five_thousand_clean_rows_raise_no_alarm(tmp_path, capsys):
     assert {bool(row.get("tools")) for row in rows} == {True, False}
     code, shown = lint(capsys, write(tmp_path / "clean.jsonl", rows))
     assert code == 0, shown
-    assert "5,000 rows of 1 file checked." in shown
+    assert "5,000 rows of 1 file checked" in shown
+
+
+def test_nothing_found_is_said_in_a_line(tmp_path, capsys):
+    code, shown = lint(capsys, write(tmp_path / "a.jsonl", CLEAN[:1]), "--format", "openai")
+    assert code == 0
+    assert shown.splitlines()[0] == "1 row of 1 file checked, nothing found."
 
 
 def test_each_finding_has_its_file_and_line_and_the_exit_code_is_two(tmp_path, capsys):

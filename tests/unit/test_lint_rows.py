@@ -191,7 +191,7 @@ NEAR_MISSES: dict[str, list[dict | Subject]] = {
         answer('api_key = "a1a1a1a1a1a1a1a1a1a1a1a1a1a1"'),
     ],
     "personal-data": [
-        answer("Write to someone@example.com or git@github.com:a/b"),
+        answer("Write to someone@example.com, yourname@yourdomain.com or git@github.com:a/b"),
         answer("The card is 4556 7375 8689 9856."),
         answer("import numpy as np\n@np.vectorize\ndef f(x): ..."),
         answer("pi is 3.1415926535897932384626"),

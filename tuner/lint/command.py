@@ -20,7 +20,7 @@ from tuner.dataset.sample_encoder import SampleEncoder
 from tuner.dataset.sources import find_sources
 from tuner.dataset.workers import Workers, num_cores, progress_interval, travels
 from tuner.errors import UserError
-from tuner.lint.findings import Finding, Report
+from tuner.lint.findings import Finding, Report, counted
 from tuner.lint.rows import Linted, RowLinter
 from tuner.lint.subject import NO_BOUND, Bound
 from tuner.lint.together import MAX_OPEN_KEPT, TOGETHER, Facts, join
@@ -68,9 +68,11 @@ def lint(
     with ExitStack() as stack:
         report = Report(limit, stack.enter_context(open_new(json_file)) if json_file else None)
         num_rows, is_complete = check_files(linters, report)
-    print("\n".join(report.lines()))
+    for line in report.lines():
+        print(line)
     num_files = sum(len(files) for _, files in linters)
-    print(f"{num_rows:,} rows of {num_files:,} {'file' if num_files == 1 else 'files'} checked.")
+    done = f"{counted(num_rows, 'row')} of {counted(num_files, 'file')} checked"
+    print(f"{done}." if report.counts else f"{done}, nothing found.")
     if not is_complete:
         print("Stopped by Ctrl-C: the rows behind these were not read, so the report is not complete.", flush=True)
         raise KeyboardInterrupt

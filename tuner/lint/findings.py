@@ -94,7 +94,7 @@ class Report:
         """The findings by check, the worst first, and the table of counts."""
         for check in self._checks():
             counts = [self.counts[check, severity] for severity in SEVERITIES]
-            yield f"{check}: {', '.join(_counted(n, word) for n, word in zip(counts, SEVERITIES) if n)}"
+            yield f"{check}: {', '.join(counted(n, word) for n, word in zip(counts, SEVERITIES) if n)}"
             kept = [finding for severity in SEVERITIES for finding in self._kept.get((check, severity), [])]
             yield from (f"  {finding}" for finding in kept[: self.limit])
             if sum(counts) > len(kept[: self.limit]):
@@ -118,5 +118,6 @@ class Report:
         yield f"{'all':<{width}}" + "".join(f"{self.total(severity):>10,}" for severity in SEVERITIES)
 
 
-def _counted(number: int, word: str) -> str:
+def counted(number: int, word: str) -> str:
+    """A number with its noun: 1 row, 1,200 rows."""
     return f"{number:,} {word}{'s' * (number != 1)}"

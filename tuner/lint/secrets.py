@@ -65,7 +65,7 @@ PERSONAL = {
     ),
 }
 NOBODY = re.compile(
-    r"@(?:[\w-]+\.)*(?:example|test|invalid|localhost|domain|email|company|yourcompany)\b"
+    r"@(?:[\w-]+\.)*(?:example|test|invalid|localhost|(?:your|my)?-?domain|(?:your)?email|(?:your)?company)\b"
     r"|^(?:your|name|user|username|email|someone|git|john\.?doe|jane\.?doe)(?![a-z])",
     re.IGNORECASE,
 )
