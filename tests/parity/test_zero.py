@@ -1,0 +1,291 @@
+"""A step under ZeRO is the step of one process: loss, norm, every gradient, and the weights that AdamW makes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from test_one_gradient import SIZES, StepOfDocuments
+from torch.optim import SGD, AdamW
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tuner.dataset.sampler import StepPlan, StepSampler
+from tuner.engine.replicated import Replicated
+from tuner.engine.schedule import WarmupCosine
+from tuner.engine.strategy import NonFiniteStepError, StepResult, Strategy
+from tuner.engine.world import World
+from tuner.engine.zero import Zero
+from tuner.method.sft import SFT
+from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.parallel.mesh import build_mesh
+
+pytest.importorskip("deepspeed")
+
+MODELS = {
+    "untied": lambda: InternLM2Config(**SIZES),
+    "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+}
+GRADIENT = {"type": SGD, "lr": 1.0}  # which subtracts the gradient itself
+# an eps far above rounding: else Adam makes a whole update out of the rounding of a gradient that is zero
+ADAMW = {"type": AdamW, "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+
+
+def checkpointing(method: SFT) -> None:
+    method.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def freezing(method: SFT) -> None:
+    """The embedding, the first layer, and half of the second."""
+    method.llm.get_input_embeddings().requires_grad_(False)
+    first, second = method.llm.get_decoder().layers
+    first.requires_grad_(False)
+    for parameter in list(second.parameters())[::2]:
+        parameter.requires_grad_(False)
+
+
+class Case(NamedTuple):
+    """What is trained, and how it is held."""
+
+    deepspeed: str
+    optimizer: dict[str, Any] = GRADIENT
+    trained: str = "every token"
+    num_packs: int = 8  # of the step
+    num_accumulation_steps: int = 4
+    model: str = "untied"
+    change: Callable[[SFT], None] | None = None
+    sequence_parallel: int = 1
+
+    def __str__(self) -> str:
+        change = f", {self.change.__name__}" if self.change else ""
+        return (
+            f"{self.deepspeed}, {self.optimizer['type'].__name__}, {self.trained}, {self.num_packs} packs, "
+            f"{self.model}{change}, sp {self.sequence_parallel}"
+        )
+
+
+STAGES = ("zero1", "zero2", "zero3")
+TWO_RANKS = [
+    *(Case(stage) for stage in STAGES),
+    *(Case(stage, ADAMW, num_packs=7) for stage in STAGES),  # one micro-batch has no documents; clipped
+    Case("zero3", trained="one token of the step"),
+]
+MORE = [
+    Case("zero2", num_packs=1, num_accumulation_steps=1),  # a rank has none
+    Case("zero3", num_packs=1, num_accumulation_steps=1),
+    *(Case(stage, ADAMW, model="tied", change=checkpointing) for stage in STAGES),
+    *(Case(stage, ADAMW, change=freezing) for stage in STAGES),
+    *(Case(preset, ADAMW) for preset in ("zero2_offload", "zero3_offload")),
+    *(Case(stage, num_accumulation_steps=8, sequence_parallel=2) for stage in STAGES),
+]
+
+
+def make_method(case: Case) -> SFT:
+    torch.manual_seed(3)
+    llm = AutoModelForCausalLM.from_config(MODELS[case.model](), attn_implementation="tuner_sdpa")
+    for parameter in llm.parameters():  # as drawn, attention is nearly uniform and says little
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    method = SFT(llm)
+    if case.change is not None:
+        case.change(method)
+    return method
+
+
+def train(strategy: Strategy, case: Case, num_steps: int) -> list[StepResult]:
+    """`num_steps` times over the same step; clipped where the optimizer is AdamW."""
+    num_parts, method = strategy.degrees.size, make_method(case)
+    if num_parts > 1:
+        method.cut_sequences(strategy.mesh)
+    clip = {"clip_grad": {"max_norm": 0.1}} if case.optimizer["type"] is AdamW else {}
+    schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
+    wrapper = {"optimizer": case.optimizer, **clip}
+    strategy.prepare(method, optim_wrapper=wrapper, param_scheduler=schedule, num_steps=10**9)
+    dataset, num_ranks = StepOfDocuments(case.trained, case.num_packs), strategy.world.size // num_parts
+    steps = case.num_accumulation_steps * (dist.get_world_size() // num_parts // num_ranks)  # one rank takes all
+    sampler = StepSampler(
+        dataset, num_accumulation_steps=steps, rank=strategy.world.rank // num_parts, num_ranks=num_ranks
+    )
+    return [strategy.train_step(dataset.batches(sampler.plan(0), num_parts)) for _ in range(num_steps)]
+
+
+def on_all_ranks(case: Case, **settings: Any) -> Zero:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    settings = {"precision": "fp32", "sequence_parallel_size": case.sequence_parallel, **settings}
+    strategy = Zero(case.deepspeed, device="cpu", **settings)
+    strategy.place(World(rank, size, rank, size), build_mesh(strategy.degrees))
+    return strategy
+
+
+def weights_of(strategy: Zero) -> dict[str, torch.Tensor]:
+    return {name: strategy.tensors.whole(weight) for name, weight in strategy.model.llm.named_parameters()}
+
+
+def compare(case: Case) -> dict[str, float]:
+    """Relative differences to one process: of losses and norms, and of each weight's change by its largest."""
+    num_steps = 3 if case.optimizer["type"] is AdamW else 1
+    spread, alone = on_all_ranks(case), Replicated(precision="fp32", device="cpu")
+    results = train(spread, case, num_steps)
+    weights = weights_of(spread)
+    spread.engine.destroy()
+    expected_results = train(alone, case._replace(sequence_parallel=1), num_steps)
+    before, found = dict(make_method(case).llm.named_parameters()), {}
+    for step, (got, expected) in enumerate(zip(results, expected_results)):
+        found[f"loss {step}"] = abs(got.loss / expected.loss - 1)
+        found[f"norm {step}"] = abs(got.grad_norm / expected.grad_norm - 1)
+        assert got.num_loss_tokens == expected.num_loss_tokens
+    for name, weight in alone.model.llm.named_parameters():
+        change = (weight - before[name]).abs().max()
+        assert bool(change > 0) == weight.requires_grad, name
+        found[name] = ((weights[name] - weight).abs().max() / change.clamp(min=1e-20)).item()
+    return found
+
+
+def compare_all(cases: Sequence[Case]) -> dict[str, float]:
+    """The largest difference of each case."""
+    return {str(case): max(compare(case).values()) for case in cases}
+
+
+def assert_same(found: dict[str, float], cases: Sequence[Case]) -> None:
+    assert len(found) == len(cases)
+    assert {case: apart for case, apart in found.items() if not apart < 1e-5} == {}
+
+
+def test_two_ranks_make_the_step_of_one_process():
+    for found in run_on_ranks(2, compare_all, TWO_RANKS):
+        assert_same(found, TWO_RANKS)
+
+
+@pytest.mark.slow
+def test_so_they_do_with_checkpointing_frozen_weights_offload_and_cut_sequences():
+    for found in run_on_ranks(2, compare_all, MORE):
+        assert_same(found, MORE)
+
+
+FOUR_RANKS = [Case("zero3", ADAMW, num_packs=7, sequence_parallel=2)]
+
+
+def test_four_ranks_in_two_sequences_make_the_step_of_one_process():
+    for found in run_on_ranks(4, compare_all, FOUR_RANKS):
+        assert_same(found, FOUR_RANKS)
+
+
+def divide_by_ranks(case: Case) -> dict[str, float]:
+    """Of each gradient, what is left of it where the loss of a rank is not made up for DeepSpeed's mean."""
+    strategy = on_all_ranks(case)
+    prepare = strategy.prepare
+
+    def prepare_wrongly(*args: Any, **settings: Any) -> Any:
+        prepared, strategy.loss_factor = prepare(*args, **settings), 1
+        return prepared
+
+    strategy.prepare = prepare_wrongly
+    train(strategy, case, 1)
+    alone = Replicated(precision="fp32", device="cpu")
+    train(alone, case, 1)
+    before, weights = dict(make_method(case).llm.named_parameters()), weights_of(strategy)
+    changes = {name: (weight - before[name]).norm() for name, weight in alone.model.llm.named_parameters()}
+    return {name: ((weights[name] - before[name]).norm() / change).item() for name, change in changes.items()}
+
+
+def poison_a_rank(stage: str) -> tuple[list[str], bool]:
+    """What all ranks say where one has a NaN in a gradient, and whether any weight has moved."""
+    case, said = Case(stage, ADAMW), []
+    strategy = on_all_ranks(case)
+    train(strategy, case, 1)
+    before = weights_of(strategy)
+    if dist.get_rank() == 1:
+        norm = strategy.model.llm.get_decoder().norm
+        norm.register_forward_hook(lambda *args: args[-1].register_hook(lambda gradient: gradient * float("nan")))
+    batches = StepOfDocuments(case.trained, 2).batches(one_pack_each(), 1)
+    for _ in range(2):
+        try:
+            strategy.train_step(batches)
+        except NonFiniteStepError as error:
+            said.append(str(error))
+    after = weights_of(strategy)
+    strategy.engine.destroy()
+    return said, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def one_pack_each() -> StepPlan:
+    dataset = StepOfDocuments("every token", 2)
+    return StepSampler(dataset, num_accumulation_steps=1, rank=dist.get_rank(), num_ranks=2).plan(0)
+
+
+def overflow(stage: str) -> tuple[list[bool], list[float], bool]:
+    """Which fp16 steps are skipped from a scale that is too large, the scales after them, and whether weights moved."""
+    case = Case(stage, ADAMW)
+    strategy = on_all_ranks(case, precision="fp16")
+    train(strategy, case, 0)
+    strategy.optimizer.loss_scaler.cur_scale = 2.0**40
+    before, skipped, scales = weights_of(strategy), [], []
+    batches = StepOfDocuments(case.trained, 2).batches(one_pack_each(), 1)
+    skipped.append(strategy.train_step(batches).skipped)
+    after = weights_of(strategy)
+    for _ in range(40):
+        scales.append(strategy.optimizer.loss_scaler.cur_scale)
+        skipped.append(strategy.train_step(batches).skipped)
+    strategy.engine.destroy()
+    return skipped, scales, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def compute_in_halves(stage: str) -> dict[str, Any]:
+    """In bf16: the dtypes at work, and the losses of 30 steps."""
+    case, seen = Case(stage, ADAMW, change=note_dtypes), set()
+    strategy = on_all_ranks(case, precision="bf16")
+    results = train(strategy, case, 30)
+    seen = strategy.model.seen
+    state = strategy.tensors.whole(strategy.model.llm.get_decoder().norm.weight, "exp_avg_sq")
+    parts = {flat.dtype for flat in strategy.tensors.partitions()}
+    strategy.engine.destroy()
+    return {"activations": seen, "masters": parts, "state": state.dtype, "losses": [result.loss for result in results]}
+
+
+def note_dtypes(method: SFT) -> None:
+    method.seen = set()
+    method.llm.get_decoder().layers[0].mlp.register_forward_hook(lambda *args: method.seen.add(args[-1].dtype))
+
+
+def other_claims() -> dict[str, dict[str, Any]]:
+    claims = {"poison": poison_a_rank, "overflow": overflow, "halves": compute_in_halves}
+    found = {name: {stage: claim(stage) for stage in ("zero2", "zero3")} for name, claim in claims.items()}
+    return found | {"divided": {"zero3": divide_by_ranks(Case("zero3"))}}
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, dict[str, Any]]]:
+    """By rank; one start of the processes for all claims."""
+    return run_on_ranks(2, other_claims)
+
+
+def test_a_mean_over_ranks_in_place_of_the_sum_is_caught(found):
+    for rank in found:
+        ratios = list(rank["divided"]["zero3"].values())
+        assert ratios == pytest.approx([0.5] * len(ratios), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_nan_on_one_rank_stops_all_before_any_weight_moves(found, stage):
+    for said, unmoved in (rank["poison"][stage] for rank in found):
+        assert len(said) == 2
+        assert "gradient norm inf" in said[0]
+        assert unmoved
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_fp16_halves_its_scale_where_the_gradient_overflows(found, stage):
+    for skipped, scales, unmoved in (rank["overflow"][stage] for rank in found):
+        assert skipped[0]
+        assert unmoved
+        assert scales[0] == 2.0**39
+        assert not skipped[-1]
+        assert scales[-1] == 2.0 ** (40 - sum(skipped))
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights_and_state(found, stage):
+    for seen in (rank["halves"][stage] for rank in found):
+        assert seen["activations"] == {torch.bfloat16}
+        assert seen["masters"] == {seen["state"]} == {torch.float32}
+        assert seen["losses"][-1] < 0.8 * seen["losses"][0]
