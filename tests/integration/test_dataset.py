@@ -150,7 +150,7 @@ def test_a_file_edited_with_its_time_put_back_is_read_again(tmp_path, make):
         ({"max_length": 90}, "max_length (100 -> 90)"),
         ({"too_long": "split"}, "too_long (truncate -> split)"),
         ({"on_bad_row": "skip"}, "on_bad_row (raise -> skip)"),
-        ({"chat_template": "chatml"}, "chat_template (internlm2 -> chatml), tokenizer"),
+        ({"chat_template": "chatml"}, "chat_template (internlm2 -> chatml), text of the chat template\n"),
         ({"data_format": lambda given: FORMATS["openai"](given)}, "data_format"),
     ],
     ids=lambda value: None,

@@ -207,7 +207,7 @@ def test_the_fingerprint_changes_with_tokenizer_and_template():
     tokenizer, template = bytelevel("chatml"), CHAT_TEMPLATES["chatml"]
     first = Encoder.from_tokenizer(tokenizer, template).fingerprint
     assert first == Encoder.from_tokenizer(tokenizer, template).fingerprint
-    assert len(first) == 64
+    assert set(map(len, first)) == {64}
     other_tokenizer = changed(tokenizer, normalizer={"type": "NFC"})
     other_template = dataclasses.replace(template, default_system="Be brief.")
     other_grammar = dataclasses.replace(template, tools=dataclasses.replace(template.tools, start="<call>"))

@@ -142,8 +142,10 @@ class Preparation:
     @property
     def fixed(self) -> dict[str, Any]:
         """What the content of every shard depends on beside `settings` and its rows."""
+        fingerprint = self.rows.samples.encoder.fingerprint
         return {
-            "tokenizer": self.rows.samples.encoder.fingerprint,
+            "tokenizer": fingerprint.tokenizer,
+            "text of the chat template": fingerprint.template,
             "max_length": self.rows.max_length,
             "too_long": self.rows.too_long,
             "on_bad_row": self.rows.on_bad_row,

@@ -31,6 +31,13 @@ class Document(NamedTuple):
     weights: np.ndarray | None = None
 
 
+class Fingerprint(NamedTuple):
+    """sha256 of a tokenizer, and of a chat template."""
+
+    tokenizer: str
+    template: str
+
+
 class FastTokenizer(Protocol):
     """What the encoder needs of a Hugging Face tokenizer."""
 
@@ -50,7 +57,7 @@ class Encoder:
         template: ChatTemplate,
         *,
         special_ids: dict[str, int],
-        fingerprint: str,
+        fingerprint: Fingerprint,
     ) -> None:
         """`source`: the tokenizer's state, which is read when first needed, or what was read from it.
 
@@ -61,7 +68,7 @@ class Encoder:
         self._special_ids = special_ids
         self._special_bytes = {text: np.array([number], ID).tobytes() for text, number in special_ids.items()}
         self.fingerprint = fingerprint
-        """sha256 over everything that the tokens of a row depend on"""
+        """everything that the tokens of a row depend on"""
         self._is_special = np.zeros(max(special_ids.values(), default=0) + 2, dtype=bool)
         self._is_special[list(special_ids.values())] = True
         marks = [mark for mark in template.special_tokens if mark in special_ids]
@@ -88,9 +95,9 @@ class Encoder:
                 f" {template.name!r} needs. Choose the template of this model's family, or add the tokens to the"
                 " tokenizer and resize the model's embedding."
             )
-        parts = [CODE_VERSION, dataclasses.asdict(template), type(template.tools).__name__]
-        digest = hashlib.sha256(json.dumps(parts).encode() + state).hexdigest()
-        return cls(state, template, special_ids=special_ids, fingerprint=digest)
+        parts = [dataclasses.asdict(template), type(template.tools).__name__]
+        fingerprint = Fingerprint(_digest(b"%d" % CODE_VERSION + state), _digest(json.dumps(parts).encode()))
+        return cls(state, template, special_ids=special_ids, fingerprint=fingerprint)
 
     def __reduce__(self) -> tuple:
         return _rebuild, (self._tables(), self._template, self._special_ids, self.fingerprint)
@@ -172,8 +179,14 @@ def special_tokens(tokenizer: FastTokenizer) -> dict[str, bool]:
     return tokens
 
 
-def _rebuild(source: PlainTokenizer, template: ChatTemplate, special_ids: dict[str, int], fingerprint: str) -> Encoder:
+def _rebuild(
+    source: PlainTokenizer, template: ChatTemplate, special_ids: dict[str, int], fingerprint: Fingerprint
+) -> Encoder:
     return Encoder(source, template, special_ids=special_ids, fingerprint=fingerprint)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _check_supported(settings: Mapping[str, Any], kind: str, name: str) -> None:
