@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuner.errors import UserError
+from tuner.failures import EXIT_INTERRUPTED
 from tuner.launch import slurm
 from tuner.launch.options import Node, Options, is_rank_of_another, read_node
 from tuner.launch.rank import leave_with, printing_to, read_run
@@ -34,7 +35,10 @@ def train(job: Job, options: Options) -> int:
     told = read_run()
     if told is not None:
         leave_with(told.launcher)
-        train_here(job, told.source, told.resume)
+        try:
+            train_here(job, told.source, told.resume)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED  # click would end the line, of which there is none
         return 0
     if options.sbatch is not None and options.launcher != "slurm":
         raise UserError("--sbatch FILE writes a script for SLURM. Add --launcher slurm.")
