@@ -1,6 +1,7 @@
 """Shards: what goes in comes out, whatever the blocks; what is not whole is not opened."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tuner.dataset.cache import build_once, writing
+from tuner.dataset import cache
+from tuner.dataset.cache import build_once, one_at_a_time, writing
 from tuner.dataset.documents import BadRow, Block
 from tuner.dataset.ledger import Count, Ledger
 from tuner.dataset.loss_weights import SPAN, spans_of, surplus
@@ -301,6 +303,52 @@ def test_of_several_runs_at_once_one_writes_and_the_others_wait(tmp_path):
     assert [run.exitcode for run in runs] == [0] * 4
     assert (tmp_path / "count").read_text() == "x"
     assert (tmp_path / "abc" / "x").read_text() == "whole"
+
+
+def hold(folder: Path) -> None:
+    with one_at_a_time(folder, "work") as tell:
+        tell("40% is tokenised")
+        (folder / "held").touch()
+        time.sleep(1)
+        (folder / "done").touch()
+
+
+def test_who_waits_hears_how_far_the_other_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cache, "SAY_SECONDS", 0.3)
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,))
+    holder.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with one_at_a_time(tmp_path, "work"):
+        assert (tmp_path / "done").exists()
+    holder.join()
+    told = capsys.readouterr().out
+    assert told.startswith("Another process is preparing the same data; waiting for it")
+    assert "s: 40% is tokenised\n" in told
+
+
+def test_a_file_system_without_locks_says_what_to_do(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"has no locks .*Set cache_dir to another one"):
+        build_once(tmp_path / "abc", touch, exists)
+
+
+def test_machines_that_see_no_locks_of_each_other_do_not_disturb_each_other(tmp_path):
+    (tmp_path / "xyz.tmp-another-7").mkdir()
+    stale = tmp_path / "xyz.tmp-third-7"
+    stale.mkdir()
+    os.utime(stale, (0, 0))
+
+    def overtaken(directory: Path) -> None:
+        touch(directory)
+        (directory.parent / "abc").mkdir()
+        touch(directory.parent / "abc")
+
+    assert build_once(tmp_path / "abc", overtaken, exists)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"abc", "xyz.tmp-another-7"}
 
 
 def test_a_damaged_directory_is_made_again(tmp_path, capsys):
