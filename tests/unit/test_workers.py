@@ -71,6 +71,25 @@ if __name__ == "__main__":
 """
 
 
+UNGUARDED = """
+from functools import partial
+from tuner.dataset.workers import Workers
+def work(data, number):
+    return number
+with Workers(partial(work, bytes(1 << 20)), num_workers=2) as workers:
+    print(list(workers.map(range(4))))
+"""
+
+
+def test_a_script_that_workers_cannot_import_is_told_so_however_much_they_would_get(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "A worker process ended early (exit codes [1])" in done.stderr
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.1, 0.3])
 def test_ctrl_c_is_for_the_parent_alone_from_the_beginning(tmp_path, seconds):
     """A terminal sends it to all processes, also to those that still import what they need."""

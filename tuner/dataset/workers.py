@@ -62,12 +62,19 @@ class Workers(Generic[Item, Result]):
         context = multiprocessing.get_context("spawn")
         for _ in range(self._num_workers if self._num_workers > 1 else 0):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._function), daemon=True)
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
             with _without_interrupts():
                 process.start()
             theirs.close()  # so that a worker's death shows as the end of our pipe
             self._processes.append(process)
             self._idle.append(ours)
+        try:
+            for connection in self._idle:  # not as an argument: that would wait for ever on a worker that is gone
+                connection.send(self._function)
+        except ConnectionError as death:
+            problem = self._obituary()
+            self.__exit__()
+            raise problem from death
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,8 +151,12 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
+def _work(connection: Connection) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    try:
+        function = connection.recv()
+    except GONE:
+        return
     while True:
         try:
             item = connection.recv()
