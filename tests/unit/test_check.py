@@ -169,3 +169,11 @@ def test_a_precision_that_suits_the_device_badly_is_warned_of(
     with caplog.at_level(logging.WARNING, "tuner"):
         warn_of_precision(precision, has_cuda)
     assert bool(caplog.records) == warned
+
+
+def test_a_format_that_an_entry_of_data_path_names_is_looked_at(good: dict[str, object]):
+    entry = {"path": good["data_path"], "data_format": "sharegtp"}
+    message = problems({**good, "data_path": [entry]})
+    assert "data_format = 'sharegtp': allowed is one of" in message
+    assert "Did you mean sharegpt" in message
+    assert message.count("sharegtp") == 1

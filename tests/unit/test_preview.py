@@ -176,6 +176,23 @@ def test_what_truncation_took_is_shown_behind_what_is_left(folder: Path, setting
     assert num_cut == num_long > 20
 
 
+def test_what_truncation_took_is_found_in_the_format_of_each_file(tmp_path: Path):
+    settings = write_run(tmp_path)
+    pair = {"question": "What is it?", "answer": "ba ne " * 60}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair), encoding="utf-8")
+    path = [{"path": str(tmp_path / "rows.jsonl"), "weight": 1}]
+    path += [{"path": str(tmp_path / "pairs.jsonl"), "weight": 1, "data_format": "auto"}]
+    page = page_of(words(settings, "-n", "40", max_length=60, data_path=json.dumps(path)), tmp_path)
+    whole = {name: shards_of(tmp_path, 100_000, name, "auto") for name in ("rows.jsonl", "pairs.jsonl")}
+    seen = set()
+    for heading, document in zip(page.headings, [document for pack in page.packs for document in pack]):
+        name, line = re.search(r"(\w+\.jsonl):(\d+) · ", heading).groups()
+        cut = [index for token in document if token.mark == "cut off" for index in token.ids]
+        assert [index for index, _ in page.flat(document)] + cut == whole[name].document(int(line) - 1).ids.tolist()
+        seen |= {name} if cut else set()
+    assert seen == set(whole)
+
+
 def test_rows_in_one_line_of_an_array_are_told_apart_or_said_not_to_be(folder: Path, tmp_path: Path, capsys: Any):
     twins = [conversation("ba ba ba ba", f"ne ne ne ne {end}") for end in ("的的的", "人人人人人")]
     content = [conversation("th th", "ing ing ing ing ing ing ing"), *twins]

@@ -3,7 +3,7 @@
 import io
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,9 @@ def _tails(documents: Sequence[DocumentView], node: dict[str, Any], assembly: As
     """By the number of the document: what it lost, or why that is not known; nothing for one that lost nothing."""
     found: dict[int, set[tuple[int, ...]]] = {document.number: set() for document in documents}
     try:
-        with redirect_stdout(io.StringIO()):  # what is found out of formats has been said before
-            by_format = files_by_format(node["data_format"], find_sources(node["path"]))
-        for data_format, files in by_format.items():
-            names = set(map(str, files))
-            own = [document for document in documents if document.source.rpartition(":")[0] in names]
-            for owner, ids in _whole(own, {**node, "data_format": data_format}, assembly):
-                if ids[: len(owner.ids)] == owner.ids:
-                    found[owner.number].add(tuple(ids[len(owner.ids) :]))
+        for owner, ids in _whole(documents, node, assembly):
+            if ids[: len(owner.ids)] == owner.ids:
+                found[owner.number].add(tuple(ids[len(owner.ids) :]))
     except UserError as error:
         problem = Tail(problem=str(error).splitlines()[0])
         return {document.number: problem for document in documents}
@@ -59,13 +54,18 @@ def _tails(documents: Sequence[DocumentView], node: dict[str, Any], assembly: As
 
 def _whole(
     documents: Sequence[DocumentView], node: dict[str, Any], assembly: Assembly
-) -> list[tuple[DocumentView, list[int]]]:
-    """Each document of files of one format with the ids that a row on its line gives, of any length."""
-    owners, rows = [], []
-    for document, its_rows in _rows_of(documents):
-        owners += [document] * len(its_rows)
-        rows += its_rows
-    return [(owners[place], ids) for place, ids in _tokenised(rows, node, assembly)] if rows else []
+) -> Iterator[tuple[DocumentView, list[int]]]:
+    """Each document with the ids that a row on its line gives, of any length; each file in its own format."""
+    with redirect_stdout(io.StringIO()):  # what is found out of formats has been said before
+        by_format = files_by_format(node["data_format"], find_sources(node["path"]))
+    for data_format, files in by_format.items():
+        names = set(map(str, files))
+        found = list(_rows_of(document for document in documents if document.source.rpartition(":")[0] in names))
+        owners = [document for document, its_rows in found for _ in its_rows]
+        rows = [row for _, its_rows in found for row in its_rows]
+        if rows:
+            tokenised = _tokenised(rows, {**node, "data_format": data_format}, assembly)
+            yield from ((owners[place], ids) for place, ids in tokenised)
 
 
 def _only(tails: Collection[tuple[int, ...]]) -> Tail:
