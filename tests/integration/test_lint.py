@@ -118,6 +118,19 @@ def test_findings_beyond_the_limit_are_counted(tmp_path, capsys):
     assert "... and 7 more" in shown
 
 
+def test_files_of_several_formats_are_checked_each_as_its_own(tmp_path, capsys):
+    chats = write(tmp_path / "chats.jsonl", [*CLEAN[:5], talk("Why?", "")])
+    pairs = write(tmp_path / "pairs.jsonl", [{"question": "Why?", "answer": ""}, {"question": "a", "answer": "b"}])
+    more = write(tmp_path / "more.jsonl", [*CLEAN[5:9], CLEAN[0]])
+    code, shown = lint(capsys, chats, pairs, more)
+    assert code == 2
+    assert "13 rows of 3 files checked." in shown
+    assert f'{chats}: data_format = "openai"' in shown
+    assert f'{pairs}: data_format = "qa"' in shown
+    assert f"{pairs}:1: refused:" in shown
+    assert f"{more}:5: duplicate:" in shown or f"{chats}:1: duplicate:" in shown
+
+
 def test_json_is_never_written_over(tmp_path, capsys):
     path, out = write(tmp_path / "a.jsonl", CLEAN), tmp_path / "found.jsonl"
     out.write_text("mine")

@@ -11,7 +11,7 @@ from tuner.dataset.rendering import Rendering
 from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.replicated import Replicated
+from tuner.engine.strategies import build_strategy
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
 from tuner.model.tokenizer import build_tokenizer
@@ -22,10 +22,15 @@ weights = "pretrained"  # "pretrained", or "random" to begin from scratch with t
 attention = "auto"  # "auto" takes the fastest that runs here; or "flash", "varlen", "sdpa", "eager"
 gradient_checkpointing = True  # compute activations again in the backward pass: less memory, about 1/3 more time
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
+
+# settings: the ranks
 sequence_parallel_size: int | dict = 1  # ranks that share a sequence; {"ulysses": 8, "ring": 2} beyond the heads
+deepspeed: str | None = None  # "zero1" to "zero3" cut the model over ranks; "zero3_offload", "zero3_hpz"; a JSON file
+offload_directory: str | None = None  # a fast disk for what "zero3_offload" keeps; None is the memory of the CPU
+hpz_partition_size: int | None = None  # ranks that share a copy of the weights under "zero3_hpz"; None: of a node
 
 # settings: the data
-data_path: str | list[str | dict] = "train.jsonl"  # file, "data/*.jsonl", "hub:NAME"; list; {"path":, "weight":} in it
+data_path: str | list[str | dict] = "train.jsonl"  # a file, "*.jsonl", "hub:NAME", list; {"path", "weight", "data_format"}
 data_format = "openai"  # what rows look like: "openai", "auto" (looks into them) or another of `tuner list-formats`
 chat_template = "internlm2"  # how turns become tokens: the one of the model; "auto", "jinja": its tokenizer's own
 loss_on = "assistant"  # every "assistant" turn; the "last" only; tool "calls" only; or the "thoughts" before a call
@@ -111,7 +116,14 @@ optim_wrapper = dict(
 
 param_scheduler = dict(type=WarmupCosine, warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
 
-strategy = dict(type=Replicated, precision=precision, sequence_parallel_size=sequence_parallel_size)
+strategy = dict(
+    type=build_strategy,
+    deepspeed=deepspeed,
+    offload_directory=offload_directory,
+    hpz_partition_size=hpz_partition_size,
+    precision=precision,
+    sequence_parallel_size=sequence_parallel_size,
+)
 
 train_cfg = dict(type=TrainLoop)
 
