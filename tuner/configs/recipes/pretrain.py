@@ -29,7 +29,7 @@ offload_directory: str | None = None  # a fast disk for what "zero3_offload" kee
 hpz_partition_size: int | None = None  # ranks that share a copy of the weights under "zero3_hpz"; None: of a node
 
 # settings: the data
-data_path: str | list[str | dict] = "text.jsonl"  # a file, "*.jsonl", "hub:NAME", list; {"path", "weight", "data_format"}
+data_path: str | list[str | dict] = "text.jsonl"  # file, "*.jsonl", "hub:NAME", list of {"path":, "weight":, ...}
 data_format = "text"  # rows with a "text"; "auto" looks into them; `tuner list-formats` shows the others
 chat_template = "internlm2"  # the one that the model was made with: text never becomes one of its special tokens
 max_length = 32768  # tokens in a pack, and at most in a document

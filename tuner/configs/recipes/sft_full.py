@@ -30,7 +30,7 @@ offload_directory: str | None = None  # a fast disk for what "zero3_offload" kee
 hpz_partition_size: int | None = None  # ranks that share a copy of the weights under "zero3_hpz"; None: of a node
 
 # settings: the data
-data_path: str | list[str | dict] = "train.jsonl"  # a file, "*.jsonl", "hub:NAME", list; {"path", "weight", "data_format"}
+data_path: str | list[str | dict] = "train.jsonl"  # file, "*.jsonl", "hub:NAME", list of {"path":, "weight":, ...}
 data_format = "openai"  # what rows look like: "openai", "auto" (looks into them) or another of `tuner list-formats`
 chat_template = "internlm2"  # how turns become tokens: the one of the model; "auto", "jinja": its tokenizer's own
 loss_on = "assistant"  # every "assistant" turn; the "last" only; tool "calls" only; or the "thoughts" before a call
