@@ -55,6 +55,35 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
         {"messages": None},
         "Expected 'messages' of the row to be a list, got NoneType None.",
     ),
+    "openai: words beside the content": (
+        "openai",
+        {"messages": [USER, {**ANSWER, "reasoning_content": "I think."}]},
+        "Expected the words of message 1 in 'content' alone, got 'reasoning_content': 'I think.'. Write them into the "
+        "content as the model shall say them, such as <think>...</think> before the answer, or leave them out.",
+    ),
+    "openai: a picture": (
+        "openai",
+        {"messages": [{**USER, "images": ["a.png"]}, ANSWER]},
+        "Expected text alone in message 0, got 'images': ['a.png']. Leave such rows out.",
+    ),
+    "openai: system beside the messages": (
+        "openai",
+        {"messages": [USER, ANSWER], "system": "Be brief."},
+        "Expected the system text as the first message, not beside the messages, got str 'Be brief.'.",
+    ),
+    "openai: functions": (
+        "openai",
+        {"messages": [USER, ANSWER], "functions": [{"name": "f"}]},
+        "Expected tools under 'tools', for 'functions' is their older form, got list [{'name': 'f'}].",
+    ),
+    "sharegpt: a picture": (
+        "sharegpt",
+        {
+            "image": "a.png",
+            "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A cat."}],
+        },
+        "Expected text alone in the row, got 'image': 'a.png'. Leave such rows out.",
+    ),
     "openai: messages nested": (
         "openai",
         {"messages": [[USER, ANSWER]]},

@@ -7,6 +7,7 @@ from tuner.dataset.messages import RowError, read_json, shorten
 from tuner.nearest import nearest
 
 Row = Mapping[str, Any]
+NO_TEXT = ("image", "images", "image_url", "audio", "audios", "video", "videos")
 
 
 def require(holds: bool, what: str, got: object) -> None:
@@ -23,6 +24,13 @@ def field(row: Row, key: str, kind: type, where: str = "the row") -> Any:
     value = row[key]
     require(isinstance(value, kind), f"{key!r} of {where} to be a {kind.__name__}", value)
     return value
+
+
+def text_alone(row: Row, where: str) -> None:
+    """Raise RowError for pictures and sound, which no model here is given."""
+    for key in NO_TEXT:
+        if row.get(key):
+            raise RowError(f"Expected text alone in {where}, got {key!r}: {shorten(row[key])}. Leave such rows out.")
 
 
 def objects(row: Row, key: str, what: str, where: str = "the row") -> list[Row]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from tuner.dataset.formats.fields import Row, field, require
+from tuner.dataset.formats.fields import Row, field, require, text_alone
 from tuner.dataset.messages import (
     ROLES,
     Message,
@@ -21,6 +21,8 @@ from tuner.dataset.rendering import LOSS_WORDS, is_loss
 from tuner.nearest import nearest
 
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "loss", "weight")
+# What others keep beside the content: words, and what is no text. Left unread, the model would learn to do without.
+WORDS_ELSEWHERE = ("reasoning_content", "reasoning", "thinking", "thought", "refusal", "text", "value")
 # Which role may follow which; "calls" is an assistant turn that calls tools, "nothing" the beginning.
 NEXT_ROLES = {
     "nothing": ("system", "user"),
@@ -39,7 +41,13 @@ def openai(row: Row) -> dict[str, Any]:
     `weight: 0` and `loss: false` leave an assistant turn out of the loss, `loss: 0.5` halves its share of it.
     Arguments may be a JSON string or an object.
     """
-    return conversation(field(row, "messages", list), row.get("tools"))
+    messages = field(row, "messages", list)
+    text_alone(row, "the row")
+    require(not row.get("functions"), "tools under 'tools', for 'functions' is their older form", row.get("functions"))
+    system = row.get("system")
+    read = not system or any(isinstance(turn, dict) and turn.get("content") == system for turn in messages)
+    require(read, "the system text as the first message, not beside the messages", system)
+    return conversation(messages, row.get("tools"))
 
 
 def conversation(given: Sequence[Any], tools: Any, *, declared: Collection[str] = ()) -> dict[str, Any]:
@@ -89,8 +97,10 @@ def _message(message: Any, where: str) -> Message:
             f"Expected the role of {where} to be one of {ROLES}, got {shorten(role)}.{nearest(role[:80], ROLES)}"
         )
     for key in message:  # a misspelt key would lose what it holds without a word
+        _check_words(message, key, where)
         if message[key] is not None and _misspelt(key):
             raise RowError(f"Expected the keys of {where} to be among {MESSAGE_KEYS}, got {key!r}.{_misspelt(key)}")
+    text_alone(message, where)
     clean: Message = {"role": role, "content": _content(message, where)}
     if message.get("tool_calls"):
         clean["tool_calls"] = _calls(message, where)
@@ -100,6 +110,14 @@ def _message(message: Any, where: str) -> Message:
         require(role == "assistant" or not loss, f"a loss in assistant turns only, {where} to have none", role)
         clean["loss"] = bool(loss) if loss in (0, 1) else loss
     return clean | _labels(message, where)
+
+
+def _check_words(message: Message, key: str, where: str) -> None:
+    if key in WORDS_ELSEWHERE and message[key] and message[key] != message.get("content"):
+        raise RowError(
+            f"Expected the words of {where} in 'content' alone, got {key!r}: {shorten(message[key])}. Write them into "
+            "the content as the model shall say them, such as <think>...</think> before the answer, or leave them out."
+        )
 
 
 def _labels(message: Message, where: str) -> Message:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tuner.dataset.formats.fields import Row, field, function_call, objects, one_of, parsed, require
+from tuner.dataset.formats.fields import Row, field, function_call, objects, one_of, parsed, require, text_alone
 from tuner.dataset.formats.openai_messages import conversation
 from tuner.dataset.messages import Message, dump
 
@@ -28,6 +28,7 @@ def sharegpt(row: Row) -> dict[str, Any]:
     A function_call is part of the gpt turn before it, if there is one; several in a row are parallel calls. `loss` or
     `weight` of a gpt turn may leave it out of the loss.
     """
+    text_alone(row, "the row")
     messages: list[Message] = []
     if row.get("system"):
         messages.append({"role": "system", "content": field(row, "system", str)})
