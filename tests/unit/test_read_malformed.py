@@ -382,6 +382,15 @@ def test_a_directory_a_missing_and_a_forbidden_file_are_refused(tmp_path, monkey
         expand(str(tmp_path / "none" / "train.jsonl"))
     with pytest.raises(UserError, match=r"cannot be looked at: File name too long. Check the path"):
         expand("x" * 5000)
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(UserError, match=r"link.jsonl is a link to gone.jsonl, which is not there"):
+        expand(str(tmp_path / "link.jsonl"))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"pipe.jsonl is a pipe, a socket or a device. Write what it gives to a file"):
+        expand(str(tmp_path / "pipe.jsonl"))
+    for name in ("", "https://example.com/a.jsonl"):
+        with pytest.raises(UserError, match=f"data_path names '{name}'. Expected: a file or a pattern"):
+            expand(name)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"may not be read by this user. Change its permissions"):
         expand(str(tmp_path / "train.jsonl"))

@@ -144,6 +144,8 @@ def write_record(file: Path, record: dict[str, Any]) -> None:
 def _expand_one(pattern: str) -> list[Path]:
     if pattern.startswith(hub.PREFIX):
         return [hub.fetch(pattern)]
+    if not pattern or "://" in pattern:
+        raise UserError(f"data_path names {pattern!r}. Expected: a file or a pattern; fetch what lies elsewhere first.")
     name = os.path.expanduser(resolve(pattern))
     if os.path.exists(name) or not glob.has_magic(name):
         return [Path(name)]
@@ -156,8 +158,12 @@ def _expand_one(pattern: str) -> list[Path]:
 def _check(file: Path) -> None:
     if file.is_dir():
         raise UserError(f'{file} is a directory. Name its files, for example "{file / "*.jsonl"}".')
-    if not file.is_file():
+    if file.is_symlink() and not file.exists():
+        raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there. Mend the link.")
+    if not file.exists():
         raise UserError(f"There is no data file {file}.{_nearest(file)}")
+    if not file.is_file():
+        raise UserError(f"{file} is a pipe, a socket or a device. Write what it gives to a file: it is read twice.")
     if not os.access(file, os.R_OK):
         raise UserError(f"{file} may not be read by this user. Change its permissions.")
     if file.stat().st_size == 0:
