@@ -32,8 +32,10 @@ setup(
     ],
     extras_require={
         "data": ["datasets>=3", "pyarrow>=15"],
+        "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         "flash": ["flash-attn>=2.7"],
         "dev": [
+            "deepspeed>=0.19.8,<0.20",
             *("datasets>=3", "pyarrow>=15", "hypothesis>=6.100"),
             *("pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.15"),
         ],

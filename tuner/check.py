@@ -107,6 +107,7 @@ RULES: dict[str, Rule] = {
     "packs_per_window": count(1),
     "train_newline": FLAG,
     "gradient_checkpointing": FLAG,
+    "hpz_partition_size": count(1, or_none=True),
 }
 CHOICES: dict[str, Collection[str]] = {
     "precision": PRECISIONS,
@@ -140,6 +141,7 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     problems += wrong_data_files(nodes)
     problems += wrong_streams(nodes)
     problems += wrong_models(nodes)
+    problems += wrong_deepspeed({node.path: node.values for node in nodes if is_known(node)})
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))
     for node in nodes:
@@ -265,6 +267,27 @@ def wrong_models(nodes: list[Node]) -> list[str]:
             found += too_many_tokens(Path(path))
         problems += found
     return problems
+
+
+def wrong_deepspeed(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What DeepSpeed's preset or JSON file gets wrong, or says otherwise than the config's own settings."""
+    strategy = parts.get("strategy", {})
+    choice = strategy.get("deepspeed")
+    if choice is None:
+        return []
+    if not isinstance(choice, str):
+        return [f"strategy.deepspeed = {choice!r}: give the name of a preset, or the path of a JSON file."]
+    from tuner.engine.deepspeed_package import check_choice  # imports DeepSpeed, which few ask for
+    from tuner.engine.zero_config import Settings
+
+    settings = Settings(
+        precision=strategy.get("precision", "bf16"),
+        max_grad_norm=parts.get("optim_wrapper.clip_grad", {}).get("max_norm"),
+        world_size=None,
+        offload_directory=strategy.get("offload_directory"),
+        hpz_partition_size=strategy.get("hpz_partition_size"),
+    )
+    return complaints(lambda name: check_choice(name, settings), [choice])
 
 
 def complaints(inspect_path: Callable[[Any], object], paths: Collection[Any]) -> list[str]:

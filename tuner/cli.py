@@ -137,7 +137,7 @@ def copy_cfg(preset: str, directory: Path, settings: tuple[tuple[str, str], ...]
 )
 @click.option("--resume", metavar="[CKPT]", help="Go on from CKPT, or from the newest checkpoint of the work dir.")
 @click.option("--seed", type=int, help="The same as seed=N.")
-@click.option("--deepspeed", metavar="NAME|FILE", help="Not implemented yet.")
+@click.option("--deepspeed", metavar="NAME|FILE", help="The same as deepspeed=NAME: zero1 to zero3, or a JSON file.")
 @launch_options
 @debug_option
 def train_command(
@@ -151,12 +151,11 @@ def train_command(
     **launch: Any,
 ) -> int:
     """Train a preset or a config file; NAME=VALUE changes a setting, and what is derived from it follows."""
-    if deepspeed is not None:
-        raise UserError(f"--deepspeed {deepspeed}: DeepSpeed is not implemented yet.")
     from tuner.launch.command import Job, train
     from tuner.launch.options import Options
 
-    chosen = [*settings, *([("seed", str(seed))] if seed is not None else [])]
+    given = {"seed": seed, "deepspeed": deepspeed}
+    chosen = [*settings, *((name, str(value)) for name, value in given.items() if value is not None)]
     arguments = click.get_current_context().find_root().obj
     work_dir = work_dir or Path("work_dirs") / Path(config).stem
     return train(Job(config, work_dir, resume, partial(render_config, config, chosen, cfg_options), arguments),

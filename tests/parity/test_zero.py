@@ -195,8 +195,7 @@ def poison_a_rank(stage: str) -> tuple[list[str], bool]:
     train(strategy, case, 1)
     before = weights_of(strategy)
     if dist.get_rank() == 1:
-        norm = strategy.model.llm.get_decoder().norm
-        norm.register_forward_hook(lambda *args: args[-1].register_hook(lambda gradient: gradient * float("nan")))
+        strategy.model.llm.get_decoder().norm.register_forward_hook(poison_gradient)
     batches = StepOfDocuments(case.trained, 2).batches(one_pack_each(), 1)
     for _ in range(2):
         try:
@@ -206,6 +205,10 @@ def poison_a_rank(stage: str) -> tuple[list[str], bool]:
     after = weights_of(strategy)
     strategy.engine.destroy()
     return said, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def poison_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    output.register_hook(lambda gradient: gradient * float("nan"))
 
 
 def one_pack_each() -> StepPlan:
@@ -232,7 +235,7 @@ def overflow(stage: str) -> tuple[list[bool], list[float], bool]:
 
 def compute_in_halves(stage: str) -> dict[str, Any]:
     """In bf16: the dtypes at work, and the losses of 30 steps."""
-    case, seen = Case(stage, ADAMW, change=note_dtypes), set()
+    case = Case(stage, ADAMW, change=note_dtypes)
     strategy = on_all_ranks(case, precision="bf16")
     results = train(strategy, case, 30)
     seen = strategy.model.seen
@@ -244,7 +247,7 @@ def compute_in_halves(stage: str) -> dict[str, Any]:
 
 def note_dtypes(method: SFT) -> None:
     method.seen = set()
-    method.llm.get_decoder().layers[0].mlp.register_forward_hook(lambda *args: method.seen.add(args[-1].dtype))
+    method.llm.get_decoder().layers[0].feed_forward.register_forward_hook(lambda *args: method.seen.add(args[-1].dtype))
 
 
 def other_claims() -> dict[str, dict[str, Any]]:

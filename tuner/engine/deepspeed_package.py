@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tuner.engine.world import BACKENDS, World
+from tuner.engine.zero_config import Settings, zero_config
 from tuner.errors import UserError
 
 SHARED_MEMORY = "deepspeed_shm_comm"
@@ -36,6 +38,8 @@ def load_deepspeed() -> ModuleType:
             "Install it: pip install 'tuner[deepspeed]'."
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # the import has set its own
+    # said at each of its thousands of calls
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not torch.cuda.is_available():
         importlib.import_module("deepspeed.ops").__compatible_ops__[SHARED_MEMORY] = False
     return deepspeed
@@ -46,6 +50,16 @@ def join_alone(world: World, device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     if world.size == 1 and not dist.is_initialized():
         dist.init_process_group(BACKENDS[device.type], store=dist.HashStore(), rank=0, world_size=1)
+
+
+def check_choice(choice: str, settings: Settings) -> None:
+    """UserError for a preset or JSON file that DeepSpeed, or the config's settings, would not take."""
+    config = zero_config(choice, settings, known_keys())
+    reader = importlib.import_module("deepspeed.runtime.config")
+    try:
+        reader.DeepSpeedConfig(config)
+    except (ValueError, TypeError, AssertionError, reader.DeepSpeedConfigError) as error:
+        raise UserError(f"{choice}: DeepSpeed does not take it: {error}") from error
 
 
 class Asked(dict):

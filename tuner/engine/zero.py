@@ -13,7 +13,8 @@ from tuner.engine.optimizer import build_optimizer, is_state
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.strategy import Batch, Strategy, compare_weights, read_max_norm, save_tensors, schedule_rates
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles
-from tuner.engine.zero_config import ModelSizes, Settings, zero_config, zero_stage
+from tuner.engine.world import World, read_world
+from tuner.engine.zero_config import ModelSizes, Settings, check_ranks, zero_config, zero_stage
 from tuner.engine.zero_tensors import STEP, Flat, Partitioned, SpreadTensors
 from tuner.errors import UserError
 
@@ -41,7 +42,8 @@ class Zero(Strategy):
         self.offload_directory = offload_directory
         self.hpz_partition_size = hpz_partition_size
         self.stage = zero_stage(config)
-        load_deepspeed()  # now: what is missing or unknown is said before data are prepared
+        check_ranks(config, self.settings(read_world(), None))  # now, before data are prepared
+        load_deepspeed()
 
     def prepare(
         self,
@@ -58,7 +60,8 @@ class Zero(Strategy):
         self.schedule = param_scheduler
         llm = model.get_submodule("llm")
         optimizer = build_optimizer(llm, optim_wrapper["optimizer"])
-        config = self.describe(read_max_norm(optim_wrapper), ModelSizes.of(llm))
+        settings = self.settings(self.world, read_max_norm(optim_wrapper))
+        config = zero_config(self.config, settings, known_keys(), ModelSizes.of(llm))
         self.engine = load_deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
         self.optimizer = self.engine.optimizer
         self.tensors: SpreadTensors = (Flat if self.stage < 3 else Partitioned)(self.optimizer)
@@ -67,18 +70,17 @@ class Zero(Strategy):
         self._prepared = True
         return self.model
 
-    def describe(self, max_grad_norm: float | None, sizes: ModelSizes | None = None) -> dict[str, Any]:
-        """What DeepSpeed is told."""
-        settings = Settings(
+    def settings(self, world: World, max_grad_norm: float | None) -> Settings:
+        """What a JSON file may not contradict."""
+        return Settings(
             precision=self.precision,
             max_grad_norm=max_grad_norm,
-            world_size=self.world.size,
-            local_size=self.world.local_size,
+            world_size=world.size,
+            local_size=world.local_size,
             offload_directory=self.offload_directory,
             hpz_partition_size=self.hpz_partition_size,
             has_cuda=self.device.type == "cuda",
         )
-        return zero_config(self.config, settings, known_keys(), sizes)
 
     def autocast(self) -> AbstractContextManager:
         """Nothing: the weights that compute have the dtype already."""

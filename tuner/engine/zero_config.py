@@ -76,7 +76,7 @@ class Settings(NamedTuple):
 
     precision: str = "bf16"
     max_grad_norm: float | None = None
-    world_size: int = 1
+    world_size: int | None = 1  # None where it is not known yet
     local_size: int = 1  # ranks of a node
     offload_directory: str | None = None  # None offloads to the CPU's memory
     hpz_partition_size: int | None = None  # None is the ranks of a node
@@ -165,6 +165,13 @@ HALVES = {
     # as torch's GradScaler: halve at once, double after 2000 steps
     "fp16": {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1, "min_loss_scale": 1},
 }
+
+
+def check_ranks(choice: str, settings: Settings) -> None:
+    """UserError where what is asked for does not fit the number of ranks."""
+    section = without_auto(read_choice(choice)).get(ZERO, {})
+    for problem in partition(section, settings, wanted=choice == "zero3_hpz"):
+        raise UserError(f"{choice}: {problem}")
 
 
 def fitting(name: str, settings: Settings, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,11 +286,13 @@ def partition(section: dict[str, Any], settings: Settings, *, wanted: bool) -> l
     if in_file is None and not wanted:
         return []
     size = size or in_file or settings.local_size
+    section[key] = size
+    if settings.world_size is None:
+        return []
     legal = [number for number in range(1, settings.world_size + 1) if settings.world_size % number == 0]
     if size not in legal:
         return [
             f"{key} {size} does not divide the {settings.world_size} ranks of this run. "
             f"Sizes that do: {', '.join(map(str, legal))}."
         ]
-    section[key] = size
     return []

@@ -31,9 +31,6 @@ class SpreadTensors(ABC):
         self.optimizer = optimizer
         self.base: torch.optim.Optimizer = optimizer.optimizer
         self.rank = dist.get_rank()
-        self.offloaded = bool(
-            getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
-        )
 
     @property
     @abstractmethod
