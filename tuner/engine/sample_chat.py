@@ -71,7 +71,7 @@ class SampleChatHook(Hook):
         inputs = torch.tensor([ids], device=runner.strategy.device)  # (1, T) int64
         llm.eval()
         try:
-            with random_state_kept(), torch.no_grad(), runner.strategy.autocast():
+            with random_state_kept(), torch.no_grad(), runner.strategy.generation():
                 generated = llm.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),

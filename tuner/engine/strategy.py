@@ -127,6 +127,10 @@ class Strategy(BaseStrategy):
         """The context of every forward pass, the sampled chat's included."""
         return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision], enabled=self.precision != "fp32")
 
+    def generation(self) -> AbstractContextManager:
+        """Where the llm may be called by itself, without gradients and by all ranks alike: the sampled chat."""
+        return self.autocast()
+
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 

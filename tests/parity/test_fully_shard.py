@@ -1,0 +1,373 @@
+"""A step whose weights are spread over ranks in rows is the step of one process that holds all of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from test_one_gradient import SIZES, StepOfDocuments
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import SGD, AdamW
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tuner.dataset.sampler import StepSampler
+from tuner.engine.fsdp import FullyShard
+from tuner.engine.replicated import Replicated
+from tuner.engine.schedule import WarmupCosine
+from tuner.engine.stepping import Stepping
+from tuner.engine.strategy import NonFiniteStepError, StepResult
+from tuner.engine.world import World
+from tuner.method.sft import SFT
+from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.parallel.mesh import build_mesh
+
+MODELS = {
+    "untied": lambda: InternLM2Config(**SIZES),
+    "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+}
+
+
+def checkpoint(method: SFT) -> None:
+    method.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def freeze(method: SFT) -> None:
+    """All of the embedding and of the first layer, and half of the second."""
+    method.llm.get_input_embeddings().requires_grad_(False)
+    first, second = method.llm.get_decoder().layers
+    first.requires_grad_(False)
+    for parameter in list(second.parameters())[::2]:
+        parameter.requires_grad_(False)
+
+
+def use_own_head(method: SFT) -> None:
+    method.head_is_product = False
+
+
+class Case(NamedTuple):
+    """What is trained, on which layout."""
+
+    model: str = "untied"
+    change: Callable[[SFT], None] | None = None
+    num_packs: int = 8  # of the step
+    num_accumulation_steps: int = 4
+    sequence_parallel: int = 1
+    fsdp: str = "full"
+    accumulate: str = "whole"
+    optimizers: int = 1  # SGD alone, whose step is the gradient, or AdamW with clipping too
+
+    def __str__(self) -> str:
+        name = self.change.__name__ if self.change else "plain"
+        layout = f"{self.fsdp}, {self.accumulate}, sp {self.sequence_parallel}"
+        return f"{layout}, {self.model}, {name}, {self.num_packs} packs"
+
+
+TWO_RANKS = [
+    Case(optimizers=2),
+    Case("tied", optimizers=2),
+    Case("tied", num_packs=7),  # one micro-batch has no documents
+    Case("tied", num_packs=1, num_accumulation_steps=1),  # one rank has none
+    Case(change=checkpoint),
+    Case("tied", checkpoint, num_packs=2, num_accumulation_steps=1),
+    Case(change=freeze, optimizers=2),
+    Case("tied", use_own_head),
+    Case(change=use_own_head),
+    Case(sequence_parallel=2, num_accumulation_steps=8),
+    Case(accumulate="rows"),
+]
+FOUR_RANKS = [
+    Case("tied", checkpoint, sequence_parallel=2),
+    Case("tied", fsdp="hybrid", num_accumulation_steps=2, optimizers=2),
+    Case("tied", num_packs=7, fsdp="hybrid", num_accumulation_steps=2, accumulate="rows"),
+]
+
+
+def make_method(case: Case, dtype: torch.dtype) -> SFT:
+    torch.manual_seed(3)
+    llm = AutoModelForCausalLM.from_config(MODELS[case.model](), attn_implementation="tuner_sdpa")
+    for parameter in llm.parameters():  # as drawn, attention is nearly uniform and says little
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    method = SFT(llm.to(dtype))
+    if case.change is not None:
+        case.change(method)
+    return method
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+class Trained(NamedTuple):
+    """What a run did."""
+
+    results: list[StepResult]
+    gradients: dict[str, torch.Tensor]  # of the first step, as the optimizer got it
+    weights: dict[str, torch.Tensor]
+
+
+def train(strategy: Stepping, case: Case, dtype: torch.dtype, optimizer: dict[str, Any], num_steps: int) -> Trained:
+    """`num_steps` times over the same step; clipped where the optimizer is AdamW."""
+    num_parts, method = strategy.degrees.size, make_method(case, dtype)
+    if num_parts > 1:
+        method.cut_sequences(strategy.mesh)
+    clip = {"clip_grad": {"max_norm": 0.1}} if optimizer["type"] is AdamW else {}
+    schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
+    strategy.prepare(method, optim_wrapper={"optimizer": optimizer, **clip}, param_scheduler=schedule, num_steps=10**9)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def note(*_: Any) -> None:
+        for name, parameter in method.named_parameters():
+            if parameter.requires_grad and name not in gradients:
+                gradients[name] = whole(parameter.grad)
+
+    strategy.optimizer.register_step_pre_hook(note)
+    dataset, num_ranks = StepOfDocuments("every token", case.num_packs), strategy.world.size // num_parts
+    steps = case.num_accumulation_steps * (dist.get_world_size() // num_parts // num_ranks)  # one rank takes all
+    sampler = StepSampler(
+        dataset, num_accumulation_steps=steps, rank=strategy.world.rank // num_parts, num_ranks=num_ranks
+    )
+    results = [strategy.train_step(dataset.batches(sampler.plan(0), num_parts)) for _ in range(num_steps)]
+    return Trained(results, gradients, {name: whole(weight) for name, weight in method.named_parameters()})
+
+
+def fully_sharded(case: Case, precision: str = "fp32") -> FullyShard:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    strategy = FullyShard(
+        fsdp=case.fsdp,
+        accumulate=case.accumulate,
+        precision=precision,
+        sequence_parallel_size=case.sequence_parallel,
+        device="cpu",
+    )
+    strategy.place(World(rank, size, rank % 2, 2), build_mesh(strategy.degrees))
+    return strategy
+
+
+def apart(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference, relative to the largest entry of its tensor."""
+    assert got.keys() == expected.keys()
+    return max(((got[name] - value).abs().max() / value.abs().max()).item() for name, value in expected.items())
+
+
+def compare(cases: Sequence[Case], dtype: torch.dtype) -> dict[str, float]:
+    found = {}
+    for case in cases:
+        for optimizer, num_steps in (({"type": SGD, "lr": 1.0}, 1), ({"type": AdamW, "lr": 1e-2}, 2))[
+            : case.optimizers
+        ]:
+            expected = train(Replicated(precision="fp32", device="cpu"), case, dtype, optimizer, num_steps)
+            got = train(fully_sharded(case), case, dtype, optimizer, num_steps)
+            for one, other in zip(got.results, expected.results):
+                assert one.loss == pytest.approx(other.loss, rel=1e-5 if dtype == torch.float32 else 1e-12)
+                assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5 if dtype == torch.float32 else 1e-12)
+                assert one.num_loss_tokens == other.num_loss_tokens
+            name = f"{case}, {optimizer['type'].__name__}"
+            found[f"gradients of {name}"] = apart(got.gradients, expected.gradients)
+            found[f"weights of {name}"] = apart(got.weights, expected.weights)
+    return found
+
+
+def assert_within(found: dict[str, float], tolerance: float) -> None:
+    assert {name: value for name, value in found.items() if not value <= tolerance} == {}
+
+
+def test_two_ranks_make_the_step_of_one():
+    for found in run_on_ranks(2, compare, TWO_RANKS, torch.float64):
+        assert len(found) == 2 * sum(case.optimizers for case in TWO_RANKS)
+        assert_within(found, 1e-12)
+
+
+def test_four_ranks_make_the_step_of_one_also_with_cut_sequences_and_with_copies_on_two_nodes():
+    for found in run_on_ranks(4, compare, FOUR_RANKS, torch.float64):
+        assert_within(found, 1e-12)
+
+
+def look_closer() -> dict[str, Any]:
+    """On two ranks: what else holds; one start of processes for all of it."""
+    return {
+        "fp32": compare([Case("tied", optimizers=2), Case(change=checkpoint)], torch.float32),
+        "averaged": average_instead(Case("tied")),
+        "collectives": {how: count_collectives(how) for how in ("whole", "rows")},
+        "precision": {precision: compute_in(precision) for precision in ("bf16", "fp16")},
+        "overflow": overflow(),
+        "poisoned": poison(),
+        "generated": generate(),
+    }
+
+
+@contextmanager
+def averaging() -> Iterator[None]:
+    """Gradients as FSDP2 itself reduces them."""
+    kept = FSDPModule.set_gradient_divide_factor
+    FSDPModule.set_gradient_divide_factor = lambda self, factor: kept(self, float(dist.get_world_size()))
+    try:
+        yield
+    finally:
+        FSDPModule.set_gradient_divide_factor = kept
+
+
+def average_instead(case: Case) -> float:
+    sgd = {"type": SGD, "lr": 1.0}
+    expected = train(Replicated(precision="fp32", device="cpu"), case, torch.float64, sgd, 1)
+    with averaging():
+        got = train(fully_sharded(case), case, torch.float64, sgd, 1)
+    return apart(got.gradients, expected.gradients)
+
+
+def count_collectives(how: str) -> dict[str, int]:
+    """Of a step of four micro-batches."""
+    strategy, batches = prepared(Case(accumulate=how))
+    counts, kept = {}, {name: getattr(dist, name) for name in ("reduce_scatter_single", "all_gather_single")}
+
+    def counting(name: str, *args: Any, **options: Any) -> Any:
+        counts[name] = counts.get(name, 0) + 1
+        return kept[name](*args, **options)
+
+    for name in kept:
+        setattr(dist, name, partial(counting, name))
+    try:
+        strategy.train_step(batches)
+    finally:
+        for name, function in kept.items():
+            setattr(dist, name, function)
+    return counts
+
+
+def compute_in(precision: str) -> dict[str, Any]:
+    """Losses of some steps, on one process too, and the dtypes that a layer, the optimizer and a gradient have."""
+    adam, case, dtypes = {"type": AdamW, "lr": 1e-2}, Case("tied"), set()
+    strategies = {
+        "one process": Replicated(precision=precision, device="cpu"),
+        "spread": fully_sharded(case, precision),
+    }
+
+    def note(module: torch.nn.Module, _: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and type(module).__name__ == "LlamaMLP":  # without: what SFT tries out
+            dtypes.add(output.dtype)
+
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        found: dict[str, Any] = {
+            name: [result.loss for result in train(strategy, case, torch.float32, adam, 10).results]
+            for name, strategy in strategies.items()
+        }
+    kept = {value.dtype for state in strategies["spread"].optimizer.state.values() for value in state.values()}
+    return found | {"layer": dtypes, "kept": kept | {weight.dtype for weight in strategies["spread"].parameters()}}
+
+
+def prepared(case: Case, precision: str = "fp32") -> tuple[FullyShard, Any]:
+    """A strategy that holds a model, and the batches of this rank's part of a step."""
+    strategy = fully_sharded(case, precision)
+    wrapper = {"optimizer": {"type": AdamW, "lr": 1e-2}}
+    schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
+    strategy.prepare(make_method(case, torch.float32), optim_wrapper=wrapper, param_scheduler=schedule, num_steps=10**9)
+    dataset = StepOfDocuments("every token", case.num_packs)
+    sampler = StepSampler(dataset, num_accumulation_steps=4, rank=dist.get_rank(), num_ranks=2)
+    return strategy, dataset.batches(sampler.plan(0), 1)
+
+
+def weights_of(strategy: FullyShard) -> dict[str, torch.Tensor]:
+    return {name: whole(weight) for name, weight in strategy.model.named_parameters()}
+
+
+def overflow() -> dict[str, Any]:
+    """A step under a loss scale with which the gradient overflows."""
+    strategy, batches = prepared(Case("tied"), "fp16")
+    strategy.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = weights_of(strategy)
+    result = strategy.train_step(batches)
+    same = all(torch.equal(weight, before[name]) for name, weight in weights_of(strategy).items())
+    return {"skipped": result.skipped, "scale": strategy.scaler.get_scale(), "same weights": same}
+
+
+def poison() -> dict[str, Any]:
+    """A gradient that is NaN in the rows of one rank only."""
+    strategy, batches = prepared(Case())
+    strategy.train_step(batches)
+    norm = strategy.model.get_submodule("llm.model.norm").weight
+    before = weights_of(strategy)
+    exact = strategy.gradient_norm
+
+    def spoiled() -> torch.Tensor:
+        if dist.get_rank() == 1:
+            norm.grad.to_local()[0] = float("nan")
+        return exact()
+
+    strategy.gradient_norm = spoiled
+    try:
+        strategy.train_step(batches)
+    except NonFiniteStepError as error:
+        same = all(torch.equal(weight, before[name]) for name, weight in weights_of(strategy).items())
+        return {"error": str(error), "same weights": same, "step": strategy.step}
+    return {}
+
+
+def generate() -> dict[str, Any]:
+    """Before the first step, between two, and what the second is then."""
+    steps, replies = {}, []
+    for samples in (False, True):
+        strategy, batches = prepared(Case("tied"))
+        llm = strategy.model.get_submodule("llm")
+        for _ in range(2):
+            if samples:
+                with torch.no_grad(), strategy.generation():
+                    replies.append(llm.generate(torch.arange(1, 5)[None], max_new_tokens=6, do_sample=False).tolist())
+            strategy.train_step(batches)
+        steps[samples] = weights_of(strategy)
+    return {"replies": replies, "same": all(torch.equal(steps[True][name], steps[False][name]) for name in steps[True])}
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[dict[str, Any]]:
+    return run_on_ranks(2, look_closer)
+
+
+def test_in_fp32_the_difference_is_rounding(seen):
+    for found in seen:
+        assert len(found["fp32"]) == 6
+        assert_within(found["fp32"], 1e-5)
+
+
+def test_an_average_in_place_of_the_sum_is_caught(seen):
+    for found in seen:
+        assert found["averaged"] == pytest.approx(0.5)
+
+
+def test_gradients_are_exchanged_once_a_step_or_where_memory_is_short_once_a_micro_batch(seen):
+    units, micro_batches = 3, 4  # two layers and the rest
+    gathered = micro_batches * (2 * (units - 1) + 1)  # a layer for its forward and for its backward
+    for found in seen:
+        assert found["collectives"]["whole"] == {"reduce_scatter_single": units, "all_gather_single": gathered}
+        assert found["collectives"]["rows"]["reduce_scatter_single"] == units * micro_batches
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_layers_compute_in_the_precision_and_weights_and_optimizer_stay_fp32(seen, precision, dtype):
+    for found in seen:
+        values = found["precision"][precision]
+        assert values["layer"] == {dtype}
+        assert values["kept"] == {torch.float32}
+        assert values["spread"] == pytest.approx(values["one process"], rel=0.05)  # norms' weights are rounded here
+        assert values["spread"][-1] < 0.2 * values["spread"][0]
+
+
+def test_fp16_skips_a_step_that_overflows_on_all_ranks(seen):
+    for found in seen:
+        assert found["overflow"] == {"skipped": True, "scale": 2.0**39, "same weights": True}
+
+
+def test_a_nan_in_the_rows_of_one_rank_stops_all_before_weights_are_touched(seen):
+    for found in seen:
+        assert found["poisoned"]["same weights"]
+        assert found["poisoned"]["step"] == 1
+        assert "gradient norm nan" in found["poisoned"]["error"]
+
+
+def test_the_sampled_chat_may_come_at_any_time_and_changes_nothing(seen):
+    first, second = seen[0]["generated"]["replies"]
+    assert first != second
+    for found in seen:
+        assert found["generated"] == {"replies": [first, second], "same": True}

@@ -1,0 +1,92 @@
+"""What strategies share that let torch's optimizer step on the tensors of this rank: rates, clipping, loss scale."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuner.engine.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from tuner.engine.own_parts import OwnParts, whole
+from tuner.engine.schedule import WarmupCosine
+from tuner.engine.strategy import Strategy, compare_weights, read_max_norm, save_tensors, schedule_rates
+from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles
+
+
+class Stepping(Strategy):
+    """Weights are plain tensors or DTensors; what is saved of either is the same."""
+
+    def prepare(
+        self,
+        model: nn.Module,
+        *,
+        optim_wrapper: Mapping[str, Any],
+        param_scheduler: WarmupCosine,
+        num_steps: int,
+    ) -> nn.Module:
+        """Spread the model and build its optimizer; the schedule spans `num_steps`."""
+        self.model = self.spread(model).train()
+        self.num_steps = num_steps
+        self.schedule = param_scheduler
+        self.optimizer = build_optimizer(self.model.get_submodule("llm"), optim_wrapper["optimizer"])
+        self.max_grad_norm = read_max_norm(optim_wrapper)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self._prepared = True
+        return self.model
+
+    @abstractmethod
+    def spread(self, model: nn.Module) -> nn.Module:
+        """Put this rank's part of the model on its device; all ranks have built it alike."""
+
+    def set_learning_rates(self) -> float:
+        """Give every group of parameters the rate of this step; returns that of the first."""
+        return schedule_rates(self.optimizer, self.schedule.factor(self.step, self.num_steps))
+
+    def update(self, norm: float) -> None:
+        """Clip by the norm, let the optimizer step, and drop the gradient."""
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.parameters(), self.max_grad_norm, torch.tensor(norm, dtype=torch.float64)
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        """Forget the gradient of this step."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def can_scale_down(self) -> bool:
+        """Whether a gradient that overflowed may be the loss scale's doing."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    def save_checkpoint(self, filename: Path) -> dict[str, Any]:
+        """Write this rank's share of weights and optimizer into the directory `filename`; returns the rest."""
+        weights = self.model.get_submodule("llm").named_parameters()
+        save_tensors(filename, self.world, whole(weights), whole(optimizer_tensors(self.optimizer).items()))
+        return {"step": self.step, "num_steps": self.num_steps, "scaler": self.scaler.state_dict()}
+
+    def load_checkpoint(self, filename: Path) -> None:
+        """Read the weights alone from the directory `filename`."""
+        weights = dict(self.model.get_submodule("llm").named_parameters())
+        saved = TensorFiles(filename, WEIGHTS)
+        compare_weights(saved, {name: weight.shape for name, weight in weights.items()}, filename)
+        own = OwnParts(saved, weights)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(own[name])
+
+    def resume(self, filename: Path, state: Mapping[str, Any]) -> None:
+        """Read everything that `save_checkpoint` wrote and returned."""
+        self.load_checkpoint(filename)
+        weights = dict(self.model.get_submodule("llm").named_parameters())
+        load_optimizer_tensors(self.optimizer, OwnParts(TensorFiles(filename, OPTIMIZER), weights))
+        self.step = state["step"]
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(dict(state["scaler"]))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that train, as the optimizer has them."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
