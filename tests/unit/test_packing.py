@@ -82,6 +82,20 @@ def test_ranks_that_meet_in_a_step_have_packs_of_like_cost(max_length, most):
     assert waiting(alone, lengths, 8) < 0.4 * waiting(alone_at_random, lengths, 8)
 
 
+def test_eight_ranks_at_128k_wait_a_hundredth_of_a_step():
+    """FLOPs of a 7B's step: 6 for each of 7.7e9 weights and token, 6 x 32 layers x 4096 for a pair of tokens."""
+    lengths = chats_papers_and_books(120_000, 131_072)
+    packs = pack(lengths, 131_072, (0, 0))
+    costs = 6 * 7.7e9 * packs.sizes(lengths) + 6 * 32 * 4096 * packs.sizes(lengths**2)
+
+    def waiting_of(costs: np.ndarray) -> float:
+        steps = costs[: len(costs) // 8 * 8].reshape(-1, 8)
+        return float(steps.max(1).sum() / steps.mean(1).sum())
+
+    assert waiting_of(costs) < 1.01
+    assert waiting_of(costs[permutation(len(packs), (9,))]) > 1.5
+
+
 def test_balance_leaves_no_trend_of_cost_in_an_epoch():
     costs = np.random.default_rng(1).lognormal(7, 1.5, 20_005).astype(np.int64)
     order = balanced_order(costs, (4, 0))
@@ -104,7 +118,7 @@ def test_the_company_of_a_pack_changes_with_the_epoch():
     pairs = [
         {tuple(sorted((a, b))) for run in order.tolist() for a in run for b in run if a != b} for order in (one, other)
     ]
-    assert len(pairs[0] & pairs[1]) < 0.5 * len(pairs[0])
+    assert len(pairs[0] & pairs[1]) < 0.6 * len(pairs[0])  # of few packs, the less they wait the less it changes
 
 
 def test_seeds_give_other_packs_of_the_same_sizes():

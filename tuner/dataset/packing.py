@@ -12,7 +12,7 @@ from tuner.errors import UserError
 IntArray = NDArray[np.int64]
 RUN = 8  # packs of like cost that follow each other
 WINDOW = 1024  # packs, drawn at random, among which like is put to like
-ALIKE = 1 / 8  # costs that differ by no more are in random order, so that epochs of few packs put other ones together
+ALIKE = 1 / 20  # costs that differ by no more are in random order, so that epochs of few packs put other ones together
 BITS_BESIDE_LENGTH = 24  # of a sorting key of 64: lengths up to 2**40, and 24 random bits to order equal lengths
 
 
