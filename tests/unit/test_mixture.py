@@ -64,7 +64,7 @@ def test_whole_shares_add_up_and_are_near_what_was_asked(shares):
     assert all(number == pytest.approx(round(number)) for number in near)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(SHARES, st.integers(0, 4 * BLOCKS), st.sampled_from([1, RUN]))
 def test_any_thousand_packs_hold_each_source_to_within_one_pack(shares, block, run):
     made = places(shares, run)
@@ -73,7 +73,7 @@ def test_any_thousand_packs_hold_each_source_to_within_one_pack(shares, block, r
     assert np.abs(off).max() < 1 + len(shares) / BLOCKS
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(SHARES)
 def test_in_the_long_run_no_source_falls_behind(shares):
     made = places(shares)
@@ -83,7 +83,7 @@ def test_in_the_long_run_no_source_falls_behind(shares):
         assert np.abs(before - asked).max() < len(shares) * (1 + block / BLOCKS)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(SHARES, st.integers(0, 5000), st.integers(0, 3000), st.integers(0, 3 * BLOCKS))
 def test_a_later_piece_is_the_same_piece(shares, first, number, block):
     """Resuming asks for an epoch without those before it; so the blocks before it may be many."""
@@ -149,7 +149,7 @@ def test_a_tiny_source_is_repeated_evenly():
     assert max(counts.values()) - min(counts.values()) <= 200  # within one round, of which each takes 64 packs or more
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(WEIGHTS, st.data(), st.integers(0, 200))
 def test_any_thousand_packs_hold_the_weights_to_a_tenth_of_a_percent(weights, data, seed):
     """However long the documents and however few; a source that fills its packs badly is the next test's."""
