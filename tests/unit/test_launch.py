@@ -261,6 +261,7 @@ fail(OSError("no such disk")) if rank == 1 else stay()
     for text in (told, told_there):
         assert text.startswith(f"rank 1 on {socket.gethostname()}: OSError: no such disk")
         assert "started again (1 of 1 restarts)" in text
+        assert "recvValue" not in text, "no node leaves before the others know"
 
 
 def test_a_node_that_never_comes(start: Callable):

@@ -105,6 +105,8 @@ def write_script(job: Job, options: Options) -> int:
 
 def launch(job: Job, node: Node, options: Options) -> int:
     """Check everything once, then start the processes of this node."""
+    # what torch's C++ warns of when a connection ends would bury the message of the rank that ended it
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     source, config = check_job(job)
     check_gpus(node.num_processes, config)
     from tuner.engine.work_dir import choose_checkpoint, locked

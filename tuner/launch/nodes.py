@@ -79,15 +79,25 @@ class Nodes:
         """Tell the others that this node's ranks have ended and wait for theirs; False if some do not answer."""
         if self._store is None:
             return True
-        deadline = time.monotonic() + LEAVE_SECONDS
+        node, informed = self.node, f"{attempt}/num_informed"
         try:
-            ended = self._store.add(f"{attempt}/num_ended", 1)
-            while ended < self.node.num_nodes and time.monotonic() < deadline:
-                time.sleep(0.1)
-                ended = self._store.add(f"{attempt}/num_ended", 0)
-            return ended >= self.node.num_nodes
+            is_end = self._is_reached(f"{attempt}/num_ended", node.num_nodes, own=1)
+            if node.is_first:  # it has the store, so it stays until all others know
+                return is_end and self._is_reached(informed, node.num_nodes - 1, own=0)
+            self._store.add(informed, 1)
+            return is_end
         except LOST:
             return False
+
+    def _is_reached(self, key: str, number: int, *, own: int) -> bool:
+        """Add to a count, and wait until all have."""
+        assert self._store is not None
+        deadline = time.monotonic() + LEAVE_SECONDS
+        count = self._store.add(key, own)
+        while count < number and time.monotonic() < deadline:
+            time.sleep(0.1)
+            count = self._store.add(key, 0)
+        return count >= number
 
     def _ask(self, question: Callable[[dist.Store], Any]) -> Any:
         assert self._store is not None
