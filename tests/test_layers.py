@@ -10,7 +10,7 @@ LAYERS = [  # top first; modules in one tuple are siblings
     ("cli",),
     ("arguments",),
     ("launch",),
-    ("train", "prepare", "chat", "convert", "evaluate", "preview", "lint"),
+    ("train", "prepare", "chat", "convert", "evaluate", "preview", "lint", "prove"),
     ("check", "config"),
     ("configs",),
     ("engine",),

@@ -138,6 +138,7 @@ def copy_cfg(preset: str, directory: Path, settings: tuple[tuple[str, str], ...]
 @click.option("--resume", metavar="[CKPT]", help="Go on from CKPT, or from the newest checkpoint of the work dir.")
 @click.option("--seed", type=int, help="The same as seed=N.")
 @click.option("--deepspeed", metavar="NAME|FILE", help="The same as deepspeed=NAME: zero1 to zero3, or a JSON file.")
+@click.option("--fsdp", metavar="full|hybrid", help="The same as fsdp=NAME: cut the model over all ranks, or in nodes.")
 @launch_options
 @debug_option
 def train_command(
@@ -148,13 +149,14 @@ def train_command(
     resume: str | None,
     seed: int | None,
     deepspeed: str | None,
+    fsdp: str | None,
     **launch: Any,
 ) -> int:
     """Train a preset or a config file; NAME=VALUE changes a setting, and what is derived from it follows."""
     from tuner.launch.command import Job, train
     from tuner.launch.options import Options
 
-    given = {"seed": seed, "deepspeed": deepspeed}
+    given = {"seed": seed, "deepspeed": deepspeed, "fsdp": fsdp}
     chosen = [*settings, *((name, str(value)) for name, value in given.items() if value is not None)]
     arguments = click.get_current_context().find_root().obj
     work_dir = work_dir or Path("work_dirs") / Path(config).stem
@@ -202,6 +204,44 @@ def preview_command(config: str, settings: Pairs, cfg_options: Pairs, **options:
     from tuner.preview.command import preview
 
     preview(source, name=config, **options)
+
+
+@cli.group("check")
+@debug_option
+def check_group() -> None:
+    """Prove on a config's own data, with its model made small, what training takes for granted.
+
+    Needs config.json and tokenizer, no weights and no GPU. Exit code 0: proven. 2: it is not so, or a mistake in the
+    command.
+    """
+
+
+@check_group.command("sp", cls=TrainCommand)
+@config_arguments
+@click.option("--sp", metavar="N|ulysses=N,ring=M", help="Ranks that share a sequence.  [default: as in the config]")
+@click.option("--ranks", type=int, help="Processes in all; data parallel beyond --sp.  [default: --sp, at least 2]")
+@click.option("--tokens", type=int, default=64, show_default=True, help="To which documents are shortened, about.")
+@click.option("--train", type=click.Choice(["both", "own", "last"]), default="both", show_default=True,
+              help="own: the tokens that the config trains; last: those of the last shard of each pack.")  # fmt: skip
+@click.option("--scale-loss", type=float, default=1.0, help="Try it: 0.5 divides the loss by a wrong number of ranks.")
+@debug_option
+def check_sp_command(config: str, settings: Pairs, cfg_options: Pairs, **options: Any) -> int:
+    """Compare the gradient of a step spread over ranks with that of its documents one by one, each parameter."""
+    source = render_config(config, settings, cfg_options)
+    from tuner.prove.sp import check_sp
+
+    return check_sp(source, name=config, **options)
+
+
+@check_group.command("attn", cls=TrainCommand)
+@config_arguments
+@debug_option
+def check_attn_command(config: str, settings: Pairs, cfg_options: Pairs) -> int:
+    """Look for leaks between packed documents, and whether the rotary embedding is scaled as config.json says."""
+    source = render_config(config, settings, cfg_options)
+    from tuner.prove.attn import check_attn
+
+    return check_attn(source, name=config)
 
 
 @cli.command("lint")

@@ -53,19 +53,34 @@ def build_llm(
     if weights not in WEIGHTS:
         raise UserError(f"weights={weights!r}: choose {' or '.join(map(repr, WEIGHTS))}.")
     implementation = _implementation(attention)
-    path = os.path.expanduser(resolve(path))
-    if Path(path).exists() or looks_local(path):
-        check_model_directory(path)
-        if weights == "pretrained":
-            check_weights(path)
+    path = _locate(path)
+    if weights == "pretrained" and Path(path).exists():
+        check_weights(path)
     config = _read_config(path)
     if weights == "pretrained":
         llm = _load(path, config, implementation)
     else:
         llm = _draw(path, config, implementation, seed)
     if gradient_checkpointing:
-        _enable_gradient_checkpointing(llm)
+        enable_gradient_checkpointing(llm)
     return llm.train()
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """The config of the causal LM at a path that `build_llm` takes, with the place in its `name_or_path`.
+
+    Raises:
+        UserError: the place holds no such config; weights are not looked for.
+    """
+    return _read_config(_locate(path))
+
+
+def _locate(path: str) -> str:
+    """A directory that has a config, or a name on the hub."""
+    path = os.path.expanduser(resolve(path))
+    if Path(path).exists() or looks_local(path):
+        check_model_directory(path)
+    return path
 
 
 def _implementation(attention: str) -> str:
@@ -183,9 +198,14 @@ def _draw(path: str, config: PreTrainedConfig, implementation: str, seed: int) -
             raise UserError(f"{path!r} cannot be built: {error}") from error
 
 
-def _enable_gradient_checkpointing(llm: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(llm: PreTrainedModel, **options: Any) -> None:
+    """Compute activations again in backward; `options` are those of `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        UserError: the model cannot.
+    """
     if not llm.supports_gradient_checkpointing:
         raise UserError(f"{type(llm).__name__} does not support gradient checkpointing. Set it to False.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its newer name is missing in transformers that we allow
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})

@@ -1,0 +1,1 @@
+"""Proofs on a user's own config and data that spreading, packing and scaling do what they say."""
