@@ -99,8 +99,8 @@ def test_files_are_written_once_and_agree_with_the_terminal(tmp_path: Path, caps
 def test_weighted_sources_count_what_an_epoch_takes_of_them(tmp_path: Path, capsys: pytest.CaptureFixture):
     settings = write_run(tmp_path)
     rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "few.jsonl").write_text("\n".join(rows[:20]), encoding="utf-8")
-    (tmp_path / "many.jsonl").write_text("\n".join(rows[20:]), encoding="utf-8")
+    (tmp_path / "few.jsonl").write_text("\n".join(rows[:12]), encoding="utf-8")
+    (tmp_path / "many.jsonl").write_text("\n".join(rows[12:]), encoding="utf-8")
     weighted = [{"path": str(tmp_path / "few.jsonl"), "weight": 3}, {"path": str(tmp_path / "many.jsonl"), "weight": 1}]
     assert run(words({**settings, "data_path": weighted})) == 0
     text = capsys.readouterr().out

@@ -36,16 +36,10 @@ class TemplateProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def lay_out(
-        self,
-        messages: Sequence[Message],
-        tools: list[Any] | None,
-        turns: Sequence[int],
-        prompt: bool,
-        find_calls: bool = False,
+        self, messages: Sequence[Message], tools: list[Any] | None, turns: Sequence[int], prompt: bool, **choices: bool
     ) -> Layout:
         """See Finder.lay_out. Raises RowError, also for a conversation that takes too long."""
-        request = {"messages": messages, "tools": tools, "turns": turns, "prompt": prompt, "find_calls": find_calls}
-        answer = self._ask(request)
+        answer = self._ask({"messages": messages, "tools": tools, "turns": turns, "prompt": prompt, **choices})
         if "error" in answer:
             raise RowError(answer["error"])
         spans = [Span(*span) for span in answer["spans"]]
