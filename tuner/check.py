@@ -141,7 +141,9 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     problems += wrong_data_files(nodes)
     problems += wrong_streams(nodes)
     problems += wrong_models(nodes)
-    problems += wrong_deepspeed({node.path: node.values for node in nodes if is_known(node)})
+    known = {node.path: node.values for node in nodes if is_known(node)}
+    problems += wrong_deepspeed(known)
+    problems += wrong_fsdp(known.get("strategy", {}))
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))
     for node in nodes:
@@ -288,6 +290,19 @@ def wrong_deepspeed(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         hpz_partition_size=strategy.get("hpz_partition_size"),
     )
     return complaints(lambda name: check_choice(name, settings), [choice])
+
+
+def wrong_fsdp(strategy: Mapping[str, Any]) -> list[str]:
+    """An unknown way to cut a model by FSDP2, or another way chosen as well."""
+    choice, deepspeed = strategy.get("fsdp"), strategy.get("deepspeed")
+    if choice is None:
+        return []
+    from tuner.engine.fsdp import SHARDINGS  # brings mmengine, which few ask for this way
+    from tuner.engine.strategies import two_at_once
+
+    known = isinstance(choice, str) and choice in SHARDINGS
+    problems = [] if known else [f"strategy.fsdp = {choice!r}: allowed is one of {', '.join(SHARDINGS)}, or None."]
+    return problems + ([two_at_once(deepspeed, choice)] if deepspeed is not None else [])
 
 
 def complaints(inspect_path: Callable[[Any], object], paths: Collection[Any]) -> list[str]:

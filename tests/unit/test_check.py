@@ -102,7 +102,7 @@ def test_a_wrong_value_that_only_the_assembly_has_is_found(good: dict[str, objec
 
 def test_an_argument_that_a_type_does_not_know_is_told_with_the_nearest(good: dict[str, object]):
     message = problems(good, tail="\nstrategy['presicion'] = 'fp32'\nmodel['llm']['atention'] = 'auto'\n")
-    assert "strategy: Replicated has no argument presicion. Did you mean precision?" in message
+    assert "strategy: build_strategy has no argument presicion. Did you mean precision?" in message
     assert "model.llm: build_llm has no argument atention. Did you mean attention?" in message
 
 

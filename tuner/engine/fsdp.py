@@ -120,11 +120,9 @@ def build_shards(fsdp: str, world: World, device: torch.device) -> DeviceMesh:
     """Which ranks hold the rows of one copy (the mesh's last dimension), and which the same rows of other copies.
 
     Raises:
-        UserError: no group to spread over, or nodes whose processes cannot hold a copy each.
+        UserError: one process, or nodes whose processes cannot hold a copy each.
     """
-    if world.size == 1:
-        raise UserError(f"fsdp={fsdp!r} spreads weights over processes, but there is only one. Leave it out, or start "
-                        "more: --nproc 8.")  # fmt: skip
+    refuse_one_process(fsdp, world)
     if fsdp == "full":
         return init_device_mesh(device.type, (world.size,), mesh_dim_names=(SHARD,))
     num_nodes, rest = divmod(world.size, world.local_size)
@@ -138,3 +136,9 @@ def build_shards(fsdp: str, world: World, device: torch.device) -> DeviceMesh:
     if num_nodes == 1 and world.is_first:
         print("fsdp='hybrid' on one node is the same as 'full': there is no second node for a copy.", flush=True)
     return init_device_mesh(device.type, (num_nodes, world.local_size), mesh_dim_names=(REPLICATE, SHARD))
+
+
+def refuse_one_process(fsdp: str, world: World) -> None:
+    """UserError where there is nobody to cut weights with."""
+    if world.size == 1:
+        raise UserError(f"fsdp={fsdp!r} cuts weights over processes: start several (--nproc 8), or set it to None.")

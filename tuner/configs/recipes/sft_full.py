@@ -28,6 +28,7 @@ sequence_parallel_size: int | dict = 1  # ranks that share a sequence; {"ulysses
 deepspeed: str | None = None  # "zero1" to "zero3" cut the model over ranks; "zero3_offload", "zero3_hpz"; a JSON file
 offload_directory: str | None = None  # a fast disk for what "zero3_offload" keeps; None is the memory of the CPU
 hpz_partition_size: int | None = None  # ranks that share a copy of the weights under "zero3_hpz"; None: of a node
+fsdp: str | None = None  # torch's FSDP2 in place of deepspeed: "full" cuts over all ranks, "hybrid" in each node
 
 # settings: the data
 data_path: str | list[str | dict] = "train.jsonl"  # file, "*.jsonl", "hub:NAME", list of {"path":, "weight":, ...}
@@ -121,6 +122,7 @@ strategy = dict(
     deepspeed=deepspeed,
     offload_directory=offload_directory,
     hpz_partition_size=hpz_partition_size,
+    fsdp=fsdp,
     precision=precision,
     sequence_parallel_size=sequence_parallel_size,
 )
