@@ -10,14 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tuner.errors import UserError
 from tuner.failures import Failure, is_echo
 from tuner.launch import slurm
-from tuner.launch.command import enter_step
+from tuner.launch.command import check_gpus, enter_step
 from tuner.launch.launcher import Run, cause, launch
 from tuner.launch.options import Node, Options, is_rank_of_another, read_master, read_node
 
@@ -314,6 +316,15 @@ def test_only_lost_connections_are_echoes():
 def test_numbers_that_make_no_sense(options: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         read_node(Options(**options))
+
+
+def test_each_process_needs_a_gpu_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_gpus(2, SimpleNamespace(strategy={}))
+    check_gpus(3, SimpleNamespace(strategy={"device": "cpu"}))
+    with pytest.raises(UserError, match=r"--nproc 3: this node has 2 GPUs, .* Give --nproc 2"):
+        check_gpus(3, SimpleNamespace(strategy={}))
 
 
 def test_where_the_first_node_is():

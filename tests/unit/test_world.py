@@ -2,6 +2,8 @@
 
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -71,11 +73,16 @@ def test_what_differs_is_named_with_ranks_and_hosts():
     assert differences(["one", "two"], [same, same]) == []
 
 
+def dataset(fingerprint: str) -> Any:
+    """A stand-in for a PackedDataset."""
+    return SimpleNamespace(shards=SimpleNamespace(fingerprint=fingerprint))
+
+
 def compare(size: int) -> str:
     rank = dist.get_rank()
-    compare_ranks(World(rank, size), own_facts("lr = 1", "abc"))
+    compare_ranks(World(rank, size), own_facts("lr = 1", dataset("abc")))
     try:
-        compare_ranks(World(rank, size), {**own_facts("lr = 1", "abc"), "shards": f"made by {rank}"})
+        compare_ranks(World(rank, size), own_facts("lr = 1", dataset(f"made by {rank}")))
     except UserError as error:
         return str(error)
     return "nothing"
@@ -84,4 +91,4 @@ def compare(size: int) -> str:
 def test_ranks_with_other_shards_stop_all_with_one_message():
     first, second = run_on_ranks(2, compare, 2)
     assert first == second
-    assert "The ranks do not run the same thing:\n  - shards: made by 0 on rank 0 (" in first
+    assert "The ranks do not run the same thing:\n  - data: made by 0 on rank 0 (" in first

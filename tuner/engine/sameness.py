@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import tuner
+from tuner.dataset.build import PackedDataset, StreamedDataset
 from tuner.engine.world import World, in_ranges
 from tuner.errors import UserError
 
@@ -17,15 +18,22 @@ PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed")
 MANY = 4  # kinds of values that are shown of what differs
 
 
-def own_facts(source: str, shards: str) -> dict[str, str]:
-    """What this rank runs: the config's text, the shards' fingerprint, tuner's code, versions of what it stands on."""
+def own_facts(source: str, dataset: PackedDataset | StreamedDataset) -> dict[str, str]:
+    """What this rank runs: the config's text, its data, tuner's code, versions of what that stands on."""
     return {
         "config": hashlib.sha256(source.encode()).hexdigest()[:12],
-        "shards": shards[:12],
+        "data": data_digest(dataset)[:12],
         "tuner's code": package_digest(),
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},
     }
+
+
+def data_digest(dataset: PackedDataset | StreamedDataset) -> str:
+    """A hash of all documents; of a stream, whose documents are yet to come, of its settings."""
+    if isinstance(dataset, StreamedDataset):
+        return dataset.shards.directory.name.removeprefix("stream-")
+    return dataset.shards.fingerprint
 
 
 def package_digest() -> str:
