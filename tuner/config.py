@@ -16,6 +16,7 @@ from tuner.nearest import did_you_mean, did_you_mean_or_all
 
 RECIPE_DIR = Path(__file__).parent / "configs" / "recipes"
 RECIPES = {path.stem: path for path in sorted(RECIPE_DIR.glob("*.py"))}
+NAMES_OF_CONFIGS = {"model", "strategy", "tokenizer", "train_dataloader"}
 OPTIONS_HEADING = "# from --cfg-options"
 
 
@@ -123,10 +124,17 @@ def load(path: str | Path) -> Any:
     """
     from mmengine.config import Config
 
-    refuse_inheritance(read_source(path), str(path))
+    source = read_source(path)
+    refuse_inheritance(source, str(path))
+    assigned = {name for name, _, _ in literals.assignments(literals.parse(source, str(path)))}
     try:
         return Config.fromfile(str(path), lazy_import=True, format_python_code=False)
     except Exception as error:
+        if not assigned & NAMES_OF_CONFIGS:
+            raise UserError(
+                f"{path} is no config: it assigns none of {', '.join(sorted(NAMES_OF_CONFIGS))}. "
+                "`tuner copy-cfg PRESET DIR` writes one to begin with."
+            ) from error
         raise UserError(f"{path}{line_of(error, str(path))}: {type(error).__name__}: {error}") from error
 
 

@@ -7,8 +7,8 @@ from torch.optim import SGD, AdamW
 
 from tuner.dataset.collate import collate
 from tuner.dataset.tokenize import Document
-from tuner.engine.schedule import WarmupCosine
 from tuner.engine.replicated import Replicated
+from tuner.engine.schedule import WarmupCosine
 from tuner.method.sft import SFT
 from tuner.model.build import AutoModelForCausalLM
 from tuner.model.internlm2.configuration import InternLM2Config

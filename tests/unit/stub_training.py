@@ -15,9 +15,9 @@ from tuner.constants import IGNORE_INDEX
 from tuner.engine.hooks import CheckpointHook, MetricsHook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.randomness import seed_everything
+from tuner.engine.replicated import Replicated
 from tuner.engine.runner import Parts, Runner, RunRecord
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.replicated import Replicated
 
 VOCABULARY = 64
 

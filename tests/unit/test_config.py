@@ -254,3 +254,10 @@ def test_the_resolved_text_resolves_to_itself(tmp_path: Path):
     (tmp_path / "config.py").write_text(text, encoding="utf-8")
     assert render(tmp_path / "config.py", {}) == text
     assert ast.parse(text)
+
+
+def test_a_script_that_is_no_config_is_called_so(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text("import json\nvalue = json.loads('{}')['a']\n")
+    with pytest.raises(UserError, match=r"script.py is no config: it assigns none of model, .*copy-cfg"):
+        load(script)
