@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from tuner.engine.together import from_first
 from tuner.engine.work_dir import check_shared, choose_checkpoint, locked, write_config
 from tuner.engine.world import World, joined, read_world
 from tuner.errors import UserError
+from tuner.model.build import build_llm
+from tuner.model.hollow import Hold
 from tuner.parallel.mesh import Layout, arrange, build_mesh
 
 
@@ -104,7 +107,7 @@ def build_runner(
     world, seed = strategy.world, config.get("seed", 0)
     if world.is_first:
         save_ledger(dataloader, work_dir)
-    model = assembly.build(config.model)
+    model = assembly.build(with_holder(config.model, strategy.holder()))
     check_vocabulary(tokenizer, model.llm)
     if strategy.degrees.size > 1:
         model.cut_sequences(strategy.mesh)
@@ -121,6 +124,20 @@ def build_runner(
     # what building drew depends on the model's code, and what training draws should not; ranks drop other units
     seed_everything(seed + world.rank)
     return Runner(parts, record, work_dir=work_dir, checkpoint=checkpoint)
+
+
+def with_holder(model: Any, hold: Hold | None) -> Any:
+    """The model's node; where no rank may hold all weights, its LLMs leave them to the strategy."""
+    if hold is None:
+        return model
+    node = copy.deepcopy(model)
+    pending = [node]
+    while pending:
+        part = pending.pop()
+        pending += [value for value in part.values() if isinstance(value, Mapping)]
+        if part.get("type") is build_llm:
+            part["hold"] = hold
+    return node
 
 
 def save_ledger(dataloader: DataLoader, work_dir: Path) -> None:

@@ -18,6 +18,8 @@ from tuner.engine.strategy import NonFiniteStepError, StepResult, Strategy
 from tuner.engine.world import World
 from tuner.engine.zero import Zero
 from tuner.method.sft import SFT
+from tuner.model.build import build_llm
+from tuner.model.hollow import StoredWeights
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.parallel.mesh import build_mesh
 
@@ -92,15 +94,20 @@ def make_method(case: Case) -> SFT:
     return method
 
 
-def train(strategy: Strategy, case: Case, num_steps: int) -> list[StepResult]:
-    """`num_steps` times over the same step; clipped where the optimizer is AdamW."""
-    num_parts, method = strategy.degrees.size, make_method(case)
-    if num_parts > 1:
+def start(strategy: Strategy, case: Case, method: SFT) -> None:
+    """Hand over the model; clipped where the optimizer is AdamW."""
+    if strategy.degrees.size > 1:
         method.cut_sequences(strategy.mesh)
     clip = {"clip_grad": {"max_norm": 0.1}} if case.optimizer["type"] is AdamW else {}
     schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
     wrapper = {"optimizer": case.optimizer, **clip}
     strategy.prepare(method, optim_wrapper=wrapper, param_scheduler=schedule, num_steps=10**9)
+
+
+def train(strategy: Strategy, case: Case, num_steps: int, method: SFT | None = None) -> list[StepResult]:
+    """`num_steps` times over the same step."""
+    start(strategy, case, method or make_method(case))
+    num_parts = strategy.degrees.size
     dataset, num_ranks = StepOfDocuments(case.trained, case.num_packs), strategy.world.size // num_parts
     steps = case.num_accumulation_steps * (dist.get_world_size() // num_parts // num_ranks)  # one rank takes all
     sampler = StepSampler(
@@ -292,3 +299,38 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights_and_state(found, stage):
         assert seen["activations"] == {torch.bfloat16}
         assert seen["masters"] == {seen["state"]} == {torch.float32}
         assert seen["losses"][-1] < 0.8 * seen["losses"][0]
+
+
+def take_in(directory: str, precision: str, sequence_parallel: int) -> tuple[dict[str, bool], float, list[str]]:
+    """Of a model in a directory: which weights are what the files hold, how far a step is off, what stayed whole."""
+    case = Case("zero3", num_accumulation_steps=4 * sequence_parallel, sequence_parallel=sequence_parallel)
+    strategy = on_all_ranks(case, precision=precision)
+    method = SFT(build_llm(directory, attention="sdpa", hold=strategy.holder()))
+    whole = [name for name, parameter in method.llm.named_parameters() if parameter.numel()]
+    results = train(strategy, case, 1, method)
+    after = weights_of(strategy)
+    again = on_all_ranks(case, precision=precision)
+    again_method = SFT(build_llm(directory, attention="sdpa", hold=again.holder()))
+    start(again, case, again_method)
+    files = StoredWeights(directory, is_offline=True)
+    same = {name: torch.equal(weight, files[name]) for name, weight in weights_of(again).items()}
+    alone = Replicated(precision="fp32", device="cpu")
+    expected = train(alone, case._replace(sequence_parallel=1), 1, SFT(build_llm(directory, attention="sdpa")))
+    apart = max(
+        ((after[name] - weight).abs().max() / (weight - files[name]).abs().max()).item()
+        for name, weight in alone.model.llm.named_parameters()
+    )
+    return same, max(apart, abs(results[0].loss / expected[0].loss - 1)), whole
+
+
+def take_in_all(directory: str) -> dict[tuple[str, int], Any]:
+    return {key: take_in(directory, *key) for key in (("fp32", 1), ("fp32", 2), ("bf16", 1))}
+
+
+def test_weights_are_taken_one_by_one_and_none_is_rounded(tmp_path):
+    make_method(Case("zero3")).llm.save_pretrained(tmp_path)
+    for rank in run_on_ranks(2, take_in_all, str(tmp_path)):
+        for (precision, _), (same, apart, whole) in rank.items():
+            assert same == dict.fromkeys(same, True)
+            assert whole == []
+            assert apart < (1e-5 if precision == "fp32" else 0.2)

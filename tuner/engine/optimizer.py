@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from tuner.engine.assemble import check_arguments
 from tuner.errors import UserError
+from tuner.model.hollow import whole_shape
 
 FUSED_OVER_RANKS = (torch.optim.Adam, torch.optim.AdamW)
 """the fused optimizers that torch has for DTensors"""
@@ -40,8 +41,8 @@ def build_optimizer(model: nn.Module, node: Mapping[str, Any]) -> torch.optim.Op
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Trained parameters as decayed and undecayed groups, with their names beside them."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [pair for pair in trained if num_dimensions(pair[1]) >= 2]
-    undecayed = [pair for pair in trained if num_dimensions(pair[1]) < 2]
+    decayed = [pair for pair in trained if len(whole_shape(pair[1])) >= 2]
+    undecayed = [pair for pair in trained if len(whole_shape(pair[1])) < 2]
     groups: list[dict[str, Any]] = []
     if decayed:
         groups.append({"params": [parameter for _, parameter in decayed], "names": [name for name, _ in decayed]})
@@ -49,11 +50,6 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         groups.append({"params": [parameter for _, parameter in undecayed], "names": [name for name, _ in undecayed]})
         groups[-1]["weight_decay"] = 0.0
     return groups
-
-
-def num_dimensions(parameter: nn.Parameter) -> int:
-    """Of the whole parameter; ZeRO-3 leaves an empty vector in its place."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles, share_of,
 from tuner.engine.together import all_or_none, sum_over_ranks
 from tuner.engine.world import ALONE, World, own_device, read_world
 from tuner.errors import UserError
+from tuner.model.hollow import Hold
 from tuner.parallel.mesh import Degrees, Mesh, read_degrees
 from tuner.parallel.ranks import Ranks
 from tuner.parallel.sequence import cut
@@ -77,6 +78,10 @@ class Strategy(BaseStrategy):
     def place(self, world: World, mesh: Mesh) -> None:
         """Say which process of the run this is, and with whom it shares sequences; before `prepare`."""
         self.world, self.mesh = world, mesh
+
+    def holder(self) -> Hold | None:
+        """Who takes the weights of an LLM one by one; None where each rank builds it whole."""
+        return None
 
     @abstractmethod
     def prepare(

@@ -3,20 +3,24 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tuner.engine.deepspeed_package import join_alone, known_keys, load_deepspeed
 from tuner.engine.optimizer import build_optimizer, is_state
+from tuner.engine.precision import PRECISIONS
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.strategy import Batch, Strategy, compare_weights, read_max_norm, save_tensors, schedule_rates
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles
 from tuner.engine.world import World, read_world
 from tuner.engine.zero_config import ModelSizes, Settings, check_ranks, zero_config, zero_stage
+from tuner.engine.zero_hold import GatheredOnCall, take_weights
 from tuner.engine.zero_tensors import STEP, Flat, Partitioned, SpreadTensors
 from tuner.errors import UserError
+from tuner.model.hollow import Hold
 
 
 class Zero(Strategy):
@@ -42,8 +46,23 @@ class Zero(Strategy):
         self.offload_directory = offload_directory
         self.hpz_partition_size = hpz_partition_size
         self.stage = zero_stage(config)
+        self._rounded: dict[str, Tensor] = {}  # this rank's fp32 parts of weights that their dtype rounded
+        self._calls: GatheredOnCall | None = None
         check_ranks(config, self.settings(read_world(), None))  # now, before data are prepared
         load_deepspeed()
+
+    def holder(self) -> Hold | None:
+        """Under ZeRO-3 no rank builds the model whole."""
+        return self.hold if self.stage == 3 else None
+
+    def hold(self, llm: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of a model on the meta device one by one; each rank keeps its parts."""
+        join_alone(self.world, self.device)
+        config = zero_config(self.config, self.settings(self.world, "unknown"), known_keys(), ModelSizes.of(llm))
+        dtype = PRECISIONS[self.precision]
+        partitioner = load_deepspeed().zero.Init(config_dict_or_path=config, dtype=dtype)
+        self._rounded = take_weights(llm, weights, partitioner, dtype, self.world)
+        self._calls = GatheredOnCall(llm)
 
     def prepare(
         self,
@@ -62,15 +81,19 @@ class Zero(Strategy):
         optimizer = build_optimizer(llm, optim_wrapper["optimizer"])
         settings = self.settings(self.world, read_max_norm(optim_wrapper))
         config = zero_config(self.config, settings, known_keys(), ModelSizes.of(llm))
+        if self._calls is not None:
+            self._calls.remove()
+        exact = {} if self._calls is not None else rounded_weights(llm, PRECISIONS[self.precision])
         self.engine = load_deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
         self.optimizer = self.engine.optimizer
         self.tensors: SpreadTensors = (Flat if self.stage < 3 else Partitioned)(self.optimizer)
+        self._restore_rounded(exact)
         # a loss is this rank's part of a sum; stages 1 and 2 can sum gradients, stage 3 divides them by the ranks
         self.loss_factor = 1 if self.stage < 3 else self.world.size
         self._prepared = True
         return self.model
 
-    def settings(self, world: World, max_grad_norm: float | None) -> Settings:
+    def settings(self, world: World, max_grad_norm: float | Literal["unknown"] | None) -> Settings:
         """What a JSON file may not contradict."""
         return Settings(
             precision=self.precision,
@@ -151,6 +174,16 @@ class Zero(Strategy):
         if self.optimizer.loss_scaler.dynamic and state["scaler"]:
             restore_scaler(self.optimizer.loss_scaler, state["scaler"])
 
+    def _restore_rounded(self, exact: Mapping[str, Tensor]) -> None:
+        """Begin from the weights as they were read: DeepSpeed makes its fp32 ones from those that compute."""
+        parameters = self._parameters()
+        for name, whole in exact.items():
+            self.tensors.set_part(parameters[name], None, whole)
+        for name, values in self._rounded.items():
+            assert isinstance(self.tensors, Partitioned)
+            self.tensors.set_own(parameters[name], None, values)
+        self._rounded = {}
+
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.get_submodule("llm").named_parameters())
 
@@ -165,6 +198,12 @@ class Zero(Strategy):
                 yield f"{name}.{key}", self.tensors.whole(parameter, key)
             if step is not None:
                 yield f"{name}.{STEP}", step.clone()
+
+
+def rounded_weights(llm: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The trained weights that `dtype` cannot hold as they are, by name; the tensors themselves, not copies."""
+    trained = {name: weight.data for name, weight in llm.named_parameters() if weight.requires_grad}
+    return {name: data for name, data in trained.items() if not torch.equal(data, data.to(dtype).to(data.dtype))}
 
 
 def state_keys(saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> list[str]:

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from tuner.errors import UserError
+from tuner.model.hollow import whole_shape
 from tuner.nearest import did_you_mean, did_you_mean_or_all
 
 ZERO = "zero_optimization"
@@ -67,7 +68,7 @@ class ModelSizes(NamedTuple):
     def of(cls, llm: nn.Module) -> "ModelSizes":
         """Those of a causal LM of transformers; its parameters may be on the meta device or partitioned."""
         config = llm.config.get_text_config()
-        total = sum(num_elements(parameter) for parameter in llm.parameters())
+        total = sum(whole_shape(parameter).numel() for parameter in llm.parameters())
         return cls(config.hidden_size, total // max(1, getattr(config, "num_hidden_layers", 1)))
 
 
@@ -75,17 +76,12 @@ class Settings(NamedTuple):
     """What the config and the launch say, and no JSON file may contradict."""
 
     precision: str = "bf16"
-    max_grad_norm: float | None = None
+    max_grad_norm: float | Literal["unknown"] | None = None
     world_size: int | None = 1  # None where it is not known yet
     local_size: int = 1  # ranks of a node
     offload_directory: str | None = None  # None offloads to the CPU's memory
     hpz_partition_size: int | None = None  # None is the ranks of a node
     has_cuda: bool = True
-
-
-def num_elements(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, also where this rank holds a part of it."""
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
 def read_choice(choice: str) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def zero_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         ZERO: section,
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": settings.max_grad_norm or 0.0,
+        "gradient_clipping": 0.0 if settings.max_grad_norm in (None, "unknown") else settings.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW has a fused step for the CPU: nothing is compiled
         **({"gradient_allreduce_op": "sum"} if stage < 3 else {}),  # stage 3 knows the mean alone
@@ -230,7 +226,7 @@ def contradictions(given: Mapping[str, Any], settings: Settings) -> list[str]:
         if any(name == key or name.startswith(f"{key}.") for name in flat):
             problems.append(f"{key!r} has no effect on what is trained here. Remove it from the file.")
     clipping = flat.get("gradient_clipping")
-    if clipping is not None and clipping != (settings.max_grad_norm or 0.0):
+    if clipping is not None and settings.max_grad_norm not in (clipping or None, "unknown"):
         problems.append(
             f"'gradient_clipping' is {clipping}, the config's max_grad_norm {settings.max_grad_norm}. "
             f"The config decides: remove the key, or set max_grad_norm={clipping or None}."

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tuner.engine.deepspeed_package import load_deepspeed
+from tuner.engine.zero_hold import own_part
 
 STEP = "step"  # the one state of Adam that is a number, of a whole partition
 
@@ -164,10 +165,10 @@ class Partitioned(SpreadTensors):
 
     def set_part(self, parameter: nn.Parameter, key: str | None, whole: Tensor) -> None:
         """Keep this rank's part of `whole`."""
-        size = parameter.ds_tensor.ds_numel
-        values = torch.zeros(size, dtype=torch.float32)
-        own = whole.flatten()[self.rank * size : (self.rank + 1) * size]
-        values[: len(own)] = own
+        self.set_own(parameter, key, own_part(whole, parameter.ds_tensor.ds_numel, self.rank))
+
+    def set_own(self, parameter: nn.Parameter, key: str | None, values: Tensor) -> None:
+        """Keep `values`: this rank's part, padded."""
         if not parameter.requires_grad:
             parameter.ds_tensor.data.copy_(values)
         elif key is None:

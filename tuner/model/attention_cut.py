@@ -84,13 +84,14 @@ def _check_only_attention_mixes(llm: PreTrainedModel) -> None:
     With an attention that sees nothing, a token's hidden state must have no gradient whatever for another's embedding.
     """
     implementation, was_training = llm.config._attn_implementation, llm.training
-    embedding = llm.get_input_embeddings().weight
-    early, late = embedding[:8].detach().clone().split(4)
+    embedding = llm.get_input_embeddings()  # called, since its weight may be cut over ranks
+    early, late = embedding(torch.arange(8, device=embedding.weight.device)).detach().split(4)
     llm.set_attn_implementation(BLIND)
     llm.eval()
     try:
         with torch.enable_grad():
-            inputs = torch.cat([early.requires_grad_(), late])[None]
+            early = early.clone().requires_grad_()
+            inputs = torch.cat([early, late])[None]
             hidden = llm.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state[0, len(early) :]
             marks = torch.linspace(1, 2, hidden.numel(), dtype=hidden.dtype, device=hidden.device).view_as(hidden)
             (gradient,) = torch.autograd.grad((hidden * marks).sum(), early)

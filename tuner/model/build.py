@@ -1,9 +1,12 @@
 """From a path to a language model: any causal LM of transformers, in fp32, with our attention, never remote code."""
 
+import copy
 import os
 import socket
 import urllib.request
 import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -25,6 +28,7 @@ from tuner.demo.files import resolve
 from tuner.errors import UserError
 from tuner.model.attention import BACKENDS, attention_name, resolve_backend
 from tuner.model.directory import check_model_directory, check_weights, looks_local, nearest_directory
+from tuner.model.hollow import BuiltWeights, Hold, StoredWeights, fill_computed_buffers, stored_names
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.nearest import did_you_mean
 
@@ -38,6 +42,7 @@ def build_llm(
     attention: str = "auto",
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    hold: Hold | None = None,
 ) -> PreTrainedModel:
     """The causal LM of a model directory, in training mode, every parameter fp32 on the CPU.
 
@@ -46,6 +51,7 @@ def build_llm(
         weights: "pretrained" reads the safetensors; "random" draws them anew from config.json, the same for the same
             `seed` whatever was drawn before, and leaves the global random state as it was.
         attention: "auto", a key of `tuner.model.attention.BACKENDS`, or "eager", transformers' plain reference.
+        hold: for a model too large for one process: gets it without weights, and the weights, and puts them in place.
 
     Raises:
         UserError: the place holds no model that can be loaded so; the message says what to do.
@@ -58,9 +64,14 @@ def build_llm(
         check_weights(path)
     config = _read_config(path)
     if weights == "pretrained":
-        llm = _load(path, config, implementation)
+        build = partial(_load, path, config, implementation)
     else:
-        llm = _draw(path, config, implementation, seed)
+        build = partial(_draw, path, config, implementation, seed)
+    if hold is None:
+        llm = build()
+    else:
+        llm = _hollow(path, copy.deepcopy(config), implementation)
+        hold(llm, _weights_of(path, llm, build, stored=weights == "pretrained"))
     if gradient_checkpointing:
         enable_gradient_checkpointing(llm)
     return llm.train()
@@ -190,12 +201,33 @@ def _load(path: str, config: PreTrainedConfig, implementation: str) -> PreTraine
 def _draw(path: str, config: PreTrainedConfig, implementation: str, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reach the GPUs' generators
-        try:
-            return AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
-            )
-        except (ValueError, ImportError) as error:
-            raise UserError(f"{path!r} cannot be built: {error}") from error
+        return _from_config(path, config, implementation)
+
+
+def _from_config(path: str, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=implementation, trust_remote_code=False
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{path!r} cannot be built: {error}") from error
+
+
+def _hollow(path: str, config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
+    """The model on the meta device, but for the buffers that no file has."""
+    with torch.device("meta"):
+        llm = _from_config(path, config, implementation)
+    return fill_computed_buffers(llm)
+
+
+def _weights_of(
+    path: str, llm: PreTrainedModel, build: Callable[[], PreTrainedModel], *, stored: bool
+) -> Mapping[str, torch.Tensor]:
+    """From the files where they have the names that the model has; else from the model built whole."""
+    names = stored_names(llm)
+    if stored and (weights := StoredWeights(path, is_offline=_is_offline(path))).hold(names):
+        return weights
+    return BuiltWeights(build, names)
 
 
 def enable_gradient_checkpointing(llm: PreTrainedModel, **options: Any) -> None:

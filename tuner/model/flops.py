@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tuner.errors import UserError
+from tuner.model.hollow import whole_shape
 
 
 class Matmuls(NamedTuple):
@@ -32,18 +33,17 @@ def count_matmuls(llm: PreTrainedModel) -> Matmuls:
     settings = llm.config.get_text_config().to_dict()
     layers = trained_layers = 0
     for name, parameter in llm.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in embeddings or parameter is head_weight:
+        shape = whole_shape(parameter)
+        if len(shape) < 2 or id(parameter) in embeddings or parameter is head_weight:
             continue
-        used = parameter.numel()
-        if parameter.ndim == 3 and "num_experts_per_tok" in settings:
-            used = used // parameter.shape[0] * settings["num_experts_per_tok"]
-        elif parameter.ndim > 2:
-            raise UserError(
-                f"The cost of {name}, of shape {tuple(parameter.shape)}, is not known; no MFU for this model."
-            )
+        used = shape.numel()
+        if len(shape) == 3 and "num_experts_per_tok" in settings:
+            used = used // shape[0] * settings["num_experts_per_tok"]
+        elif len(shape) > 2:
+            raise UserError(f"The cost of {name}, of shape {tuple(shape)}, is not known; no MFU for this model.")
         layers += used
         trained_layers += used * parameter.requires_grad
-    head = head_weight.numel()
+    head = whole_shape(head_weight).numel()
     return Matmuls(layers, trained_layers, head, head * head_weight.requires_grad, attention_layers(settings))
 
 
