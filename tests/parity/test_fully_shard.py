@@ -1,8 +1,10 @@
 """A step whose weights are spread over ranks in rows is the step of one process that holds all of them."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +24,7 @@ from tuner.engine.stepping import Stepping
 from tuner.engine.strategy import NonFiniteStepError, StepResult
 from tuner.engine.world import World
 from tuner.method.sft import SFT
+from tuner.model.build import build_llm
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.parallel.mesh import build_mesh
 
@@ -175,20 +178,15 @@ def assert_within(found: dict[str, float], tolerance: float) -> None:
     assert {name: value for name, value in found.items() if not value <= tolerance} == {}
 
 
-def test_two_ranks_make_the_step_of_one():
-    for found in run_on_ranks(2, compare, TWO_RANKS, torch.float64):
-        assert len(found) == 2 * sum(case.optimizers for case in TWO_RANKS)
-        assert_within(found, 1e-12)
-
-
 def test_four_ranks_make_the_step_of_one_also_with_cut_sequences_and_with_copies_on_two_nodes():
     for found in run_on_ranks(4, compare, FOUR_RANKS, torch.float64):
         assert_within(found, 1e-12)
 
 
-def look_closer() -> dict[str, Any]:
+def look_closer(directory: Path) -> dict[str, Any]:
     """On two ranks: what else holds; one start of processes for all of it."""
     return {
+        "fp64": compare(TWO_RANKS, torch.float64),
         "fp32": compare([Case("tied", optimizers=2), Case(change=checkpoint)], torch.float32),
         "averaged": average_instead(Case("tied")),
         "collectives": {how: count_collectives(how) for how in ("whole", "rows")},
@@ -196,6 +194,8 @@ def look_closer() -> dict[str, Any]:
         "overflow": overflow(),
         "poisoned": poison(),
         "generated": generate(),
+        "resumed": resume_from_one(),
+        "held": {model: hold(model, directory) for model in MODELS},
     }
 
 
@@ -264,9 +264,15 @@ def prepared(case: Case, precision: str = "fp32") -> tuple[FullyShard, Any]:
     wrapper = {"optimizer": {"type": AdamW, "lr": 1e-2}}
     schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
     strategy.prepare(make_method(case, torch.float32), optim_wrapper=wrapper, param_scheduler=schedule, num_steps=10**9)
-    dataset = StepOfDocuments("every token", case.num_packs)
-    sampler = StepSampler(dataset, num_accumulation_steps=4, rank=dist.get_rank(), num_ranks=2)
-    return strategy, dataset.batches(sampler.plan(0), 1)
+    return strategy, step_of(case)
+
+
+def step_of(case: Case) -> list[Any]:
+    """This rank's micro-batches; where two ranks share a sequence, both have the same."""
+    dataset, num_parts = StepOfDocuments("every token", case.num_packs), case.sequence_parallel
+    rank, num_ranks = dist.get_rank() // num_parts, dist.get_world_size() // num_parts
+    sampler = StepSampler(dataset, num_accumulation_steps=case.num_accumulation_steps, rank=rank, num_ranks=num_ranks)
+    return dataset.batches(sampler.plan(0), num_parts)
 
 
 def weights_of(strategy: FullyShard) -> dict[str, torch.Tensor]:
@@ -320,9 +326,71 @@ def generate() -> dict[str, Any]:
     return {"replies": replies, "same": all(torch.equal(steps[True][name], steps[False][name]) for name in steps[True])}
 
 
+def resume_from_one() -> dict[str, bool]:
+    """What a rank reads of a checkpoint that one process has written, and the step after it."""
+    case, adam = Case("tied"), {"type": AdamW, "lr": 1e-2}
+    alone = Replicated(precision="fp32", device="cpu")
+    train(alone, case, torch.float32, adam, 2)
+    spread, _ = prepared(case)
+    with tempfile.TemporaryDirectory() as directory:
+        spread.resume(Path(directory), alone.save_checkpoint(Path(directory)))
+    states = [
+        torch.equal(whole(value), alone.optimizer.state[parameter][key])
+        for parameter, own in zip(alone.parameters(), spread.parameters())
+        for key, value in spread.optimizer.state[own].items()
+    ]
+    weights = weights_of(spread)
+    return {
+        "weights": all(torch.equal(weights[name], weight) for name, weight in alone.model.named_parameters()),
+        "states": all(states) and len(states) == 3 * len(alone.parameters()),
+        "step": spread.step == 2,
+    }
+
+
+def hold(model: str, directory: Path) -> dict[str, Any]:
+    """Build a model of files whole on each rank, and lend it to them; its sequences are cut, too."""
+    weights, found, case = [], {}, Case(model, sequence_parallel=2, num_accumulation_steps=8)
+    for lent in (False, True):
+        strategy = fully_sharded(case)
+        llm = build_llm(
+            str(directory / model), attention="sdpa", gradient_checkpointing=True, hold=strategy.hold if lent else None
+        )
+        method = SFT(llm)
+        method.cut_sequences(strategy.mesh)
+        layers = [parameter for layer in llm.get_decoder().layers for parameter in layer.parameters()]
+        in_layers = sum(parameter.untyped_storage().size() for parameter in layers)
+        strategy.prepare(
+            method,
+            optim_wrapper={"optimizer": {"type": AdamW, "lr": 1e-2}},
+            param_scheduler=WarmupCosine(warmup_ratio=0, min_lr_ratio=1),
+            num_steps=10**9,
+        )
+        own = sum(parameter.to_local().untyped_storage().size() for parameter in method.parameters())
+        found[lent] = {
+            "before": in_layers,
+            "after": own / sum(4 * parameter.numel() for parameter in strategy.parameters()),
+        }
+        strategy.train_step(step_of(case))
+        weights.append(weights_of(strategy))
+    one, other = weights
+    return {
+        "memory": found,
+        "same": one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one),
+    }
+
+
 @pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    return run_on_ranks(2, look_closer)
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("models")
+    for model in MODELS:
+        make_method(Case(model), torch.float32).llm.save_pretrained(directory / model)
+    return run_on_ranks(2, look_closer, directory)
+
+
+def test_two_ranks_make_the_step_of_one(seen):
+    for found in seen:
+        assert len(found["fp64"]) == 2 * sum(case.optimizers for case in TWO_RANKS)
+        assert_within(found["fp64"], 1e-12)
 
 
 def test_in_fp32_the_difference_is_rounding(seen):
@@ -371,3 +439,16 @@ def test_the_sampled_chat_may_come_at_any_time_and_changes_nothing(seen):
     assert first != second
     for found in seen:
         assert found["generated"] == {"replies": [first, second], "same": True}
+
+
+def test_a_rank_resumes_its_rows_of_what_one_process_has_written(seen):
+    for found in seen:
+        assert found["resumed"] == {"weights": True, "states": True, "step": True}
+
+
+def test_a_model_whose_layers_are_lent_to_it_is_the_one_that_is_built_whole(seen):
+    for found in seen:
+        for held in found["held"].values():
+            assert held["same"]
+            assert held["memory"][True]["before"] == 0 < held["memory"][False]["before"], "layers hold nothing"
+            assert held["memory"][True]["after"] == held["memory"][False]["after"] == pytest.approx(0.5, rel=0.01)

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tuner.engine.fsdp_hold import LentWeights
 from tuner.engine.precision import PRECISIONS
 from tuner.engine.stepping import Stepping
 from tuner.engine.strategy import Batch
 from tuner.engine.world import World
 from tuner.errors import UserError
+from tuner.model.hollow import Hold
 
 SHARDINGS = ("full", "hybrid")
 ACCUMULATE = ("whole", "rows")
@@ -55,6 +58,15 @@ class FullyShard(Stepping):
                 raise UserError(f"{name}={value!r} is unknown. Choose one of {', '.join(known)}.")
         self.fsdp = fsdp
         self.accumulate = accumulate
+        self._lent: LentWeights | None = None
+
+    def holder(self) -> Hold:
+        """No rank builds the model whole."""
+        return self.hold
+
+    def hold(self, llm: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+        """Lend a model on the meta device its weights, layer by layer, until `spread` cuts them."""
+        self._lent = LentWeights(llm, outermost_layers(llm), weights, device=self.device, world=self.world)
 
     def spread(self, model: nn.Module) -> nn.Module:
         """Cut every weight by rows, layer after layer: no GPU holds more than one of them whole."""
@@ -62,7 +74,12 @@ class FullyShard(Stepping):
         policy = MixedPrecisionPolicy()
         if self.precision != "fp32":  # inputs stay: the residual stream is fp32 under autocast, as in Replicated
             policy = MixedPrecisionPolicy(PRECISIONS[self.precision], torch.float32, cast_forward_inputs=False)
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            lent.remove()
         for layer in outermost_layers(model.get_submodule("llm")):
+            if lent is not None:
+                lent.borrow(layer.parameters())
             fully_shard(layer, mesh=self._shards, mp_policy=policy)
         # The root is the method, not its llm: what it does with the head's weight beside the llm's forward lies
         # between the root's hooks, where that weight is whole and its gradient is waited for.
