@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -115,7 +116,10 @@ def serve() -> None:
         except RowError as error:
             answer = {"error": str(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(answer), flush=True)
+        try:
+            print(json.dumps(answer), flush=True)
+        except BrokenPipeError:
+            os._exit(0)  # who asked is gone; at its own exit Python would try to write once more, and say so
 
 
 def _memory() -> int:

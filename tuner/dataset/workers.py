@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -144,6 +145,7 @@ class Workers(Generic[Item, Result]):
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Ctrl-C waits; a process that is started meanwhile never gets it: it is for the parent, whose end ends it."""
+    resource_tracker.ensure_running()  # the first start would do it, and unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
