@@ -87,3 +87,10 @@ def test_there_is_no_drawer_for_odds_and_ends():
 def test_nobody_imports_opencv():
     imports = [(path, name) for path in MODULES for _, name in imported_modules(path.read_text(encoding="utf-8"))]
     assert [path for path, name in imports if name.split(".")[0] == "cv2"] == []
+
+
+def test_mmengine_brings_deepspeed_along_nowhere():
+    imports = [(path.name, name) for path in MODULES for _, name in imported_modules(path.read_text(encoding="utf-8"))]
+    direct = {path for path, name in imports if name in ("mmengine._strategy", "mmengine.runner")}
+    assert direct == {"frame.py"}
+    assert [path for path, name in imports if name.split(".")[0] == "deepspeed"] == []

@@ -6,10 +6,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmengine.runner import BaseLoop
 from torch.utils.data import DataLoader
 
 from tuner.engine.checkpoint import list_checkpoints, write_text_atomically
+from tuner.engine.frame import BaseLoop
 from tuner.engine.randomness import random_state_kept
 from tuner.engine.strategy import NonFiniteStepError
 from tuner.engine.together import gather_objects

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.runner import FlexibleRunner
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from tuner.engine.frame import FlexibleRunner
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.snapshot import load_snapshot

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from mmengine._strategy import BaseStrategy
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tuner.constants import IGNORE_INDEX
+from tuner.engine.frame import BaseStrategy
 from tuner.engine.precision import PRECISIONS
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles, share_of, write_share

@@ -1,0 +1,150 @@
+"""Training under ZeRO on two ranks as `tuner train` does it: resumed bit for bit, by any other strategy, converted."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tuner.cli import run
+from tuner.config import loads, render
+from tuner.configs import literals
+from tuner.demo.files import resolve
+from tuner.engine.loop import TrainLoop
+from tuner.engine.runner import Runner
+from tuner.engine.world import read_world
+from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.parallel.mesh import build_mesh
+from tuner.train import build_runner, prepare
+
+pytest.importorskip("deepspeed")
+
+HALF, END = 2, 4  # steps
+RUNS = {"zero1": "fp32", "zero2": "bf16", "zero3": "fp32", "zero3_offload": "bf16"}  # and the precision of each
+SIZES = InternLM2Config(
+    vocab_size=8192, hidden_size=36, intermediate_size=71, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1,
+)  # fmt: skip
+
+
+def write_inputs(directory: Path) -> None:
+    """A model whose sizes no two ranks divide, with weights in files, and 16 rows."""
+    model = directory / "model"
+    shutil.copytree(resolve("demo:model"), model)
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(InternLM2Config(**SIZES.to_dict() | {"vocab_size": vocabulary})).save_pretrained(
+        model
+    )
+    turns = [[("user", f"What is {number} plus 1?"), ("assistant", f"It is {number + 1}.")] for number in range(16)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def settings_of(directory: Path, **others: Any) -> dict[str, Any]:
+    return {
+        "model_path": str(directory / "model"), "weights": "pretrained", "data_path": str(directory / "rows.jsonl"),
+        "data_format": "openai", "cache_dir": str(directory / "cache"), "max_length": 128, "pack": False,
+        "num_accumulation_steps": 2, "num_epochs": 1, "max_steps": END, "precision": "fp32", "lr": 1e-3,
+        "gradient_checkpointing": True, "save_interval": HALF, "sample_interval": 4, "keep_checkpoints": None,
+        "sample_prompts": ["What is 1 plus 1?"],
+    } | others  # fmt: skip
+
+
+def build(directory: Path, name: str, checkpoint: Path | None, **settings: Any) -> Runner:
+    """What `train` builds in a process of a group."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
+    source, world = render("internlm2_tiny-sft_full", settings_of(directory, **settings)), read_world()
+    config = loads(source, name)
+    work_dir = directory / name
+    work_dir.mkdir(exist_ok=True)
+    prepared = prepare(config, world)
+    prepared.strategy.place(world, build_mesh(prepared.strategy.degrees))
+    values = {key: setting.value for key, setting in literals.settings(source, name).items()}
+    return build_runner(config, prepared, source, values, work_dir=work_dir, checkpoint=checkpoint)
+
+
+def checkpoint_of(directory: Path, name: str, step: int) -> Path:
+    return directory / name / "checkpoints" / f"step_{step:08d}"
+
+
+def save_what_was_read(directory: Path, name: str, checkpoint: Path, deepspeed: str) -> None:
+    """The tensors of a checkpoint, once another strategy has taken them."""
+    runner = build(directory, name, checkpoint, deepspeed=deepspeed)
+    train_steps, TrainLoop.run = TrainLoop.run, lambda self: None
+    try:
+        runner.train()
+    finally:
+        TrainLoop.run = train_steps
+    runner.strategy.save_checkpoint(directory / name)
+
+
+def train_all(directory: Path) -> None:
+    for deepspeed, precision in RUNS.items():
+        build(directory, deepspeed, None, deepspeed=deepspeed, precision=precision).train()
+        half = checkpoint_of(directory, deepspeed, HALF)
+        build(directory, f"{deepspeed}_again", half, deepspeed=deepspeed, precision=precision).train()
+    build(directory, "crossed", checkpoint_of(directory, "zero3", HALF), deepspeed="zero1").train()
+    save_what_was_read(directory, "from_3_to_2", checkpoint_of(directory, "zero3", HALF), "zero2")
+    save_what_was_read(directory, "from_1_to_3", checkpoint_of(directory, "zero1", HALF), "zero3")
+
+
+def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    first, second = tensors_in(one), tensors_in(other)
+    assert first.keys() == second.keys()
+    assert len(first) > 40
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("zero")
+    write_inputs(directory)
+    run_on_ranks(2, train_all, directory, timeout=300)
+    return directory
+
+
+@pytest.mark.parametrize("deepspeed", RUNS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained: Path, deepspeed: str):
+    end = checkpoint_of(trained, deepspeed, END)
+    assert_equal(end, checkpoint_of(trained, f"{deepspeed}_again", END))
+    assert len(list(end.glob("model-*.safetensors"))) == 2, "each rank writes its share"
+    assert {tensor.dtype for tensor in tensors_in(end).values()} == {torch.float32}
+    assert (trained / deepspeed / "samples.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "source"), [("from_3_to_2", "zero3"), ("from_1_to_3", "zero1")])
+def test_another_stage_reads_a_checkpoint_bit_for_bit(trained: Path, name: str, source: str):
+    assert_equal(trained / name, checkpoint_of(trained, source, HALF))
+
+
+def test_from_stage_3_to_1_to_one_process_and_to_transformers(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    """Against one process all the way; fp32, so that only the order of sums differs."""
+    monkeypatch.chdir(trained)
+    settings = settings_of(trained, num_accumulation_steps=4, sample_interval=0)
+    (trained / "alone.py").write_text(render("internlm2_tiny-sft_full", settings))
+    assert run(["train", "alone.py", "--work-dir", "alone"]) == 0
+    resumed = ["train", "alone.py", "--work-dir", "resumed", "--resume", str(checkpoint_of(trained, "zero3", HALF))]
+    assert run(resumed) == 0
+    expected = tensors_in(checkpoint_of(trained, "alone", END))
+    for work_dir in ("zero3", "crossed", "resumed"):
+        found = tensors_in(checkpoint_of(trained, work_dir, END))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=f"{work_dir} {name}")
+    assert run(["convert", "crossed", "hf"]) == 0
+    weights = AutoModelForCausalLM.from_pretrained("hf", dtype="auto").state_dict()
+    saved = tensors_in(checkpoint_of(trained, "crossed", END))
+    assert [name for name in weights if not torch.equal(weights[name], saved[name])] == []
