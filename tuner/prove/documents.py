@@ -20,7 +20,7 @@ from tuner.parallel.mesh import Degrees
 from tuner.parallel.sequence import held_tokens
 from tuner.prove.small_model import NUM_TOKEN_IDS
 
-LENGTHS = (2.0, 0.35, 1.0, 0.6, 0.1)  # of documents, as shares of what the user gives: cuts fall anywhere in them
+LENGTHS = (2.4, 0.35, 1.0, 0.6, 0.1)  # of documents, as shares of what the user gives: cuts fall anywhere in them
 PACK_LENGTHS = 4  # that many such lengths have room in a pack
 OWN, LAST = "own", "last"
 PLACEMENTS = {OWN: "the tokens that your config trains", LAST: "the tokens of the last shard of each pack alone"}

@@ -31,15 +31,21 @@ class Rope(NamedTuple):
             return self.settings["max_position_embeddings"] / self.trained_length
         return float(self.settings["factor"])
 
+    @property
+    def reach(self) -> int:
+        """Positions that the settings are meant for."""
+        stretch = 1.0 if self.kind in ("default", "dynamic") else self.factor
+        longest = self.trained_length if self.kind == "dynamic" else self.settings["max_position_embeddings"]
+        return max(longest, round(self.trained_length * stretch))
+
     def describe(self) -> str:
         """In words: the base, what is done to it, and up to which position that is meant to reach."""
         base = f"base {self.base:,.0f}, {self.dims} dimensions of a head"
-        reach = f"{self.trained_length:,}"
         if self.kind == "default":
-            return f"no scaling; {base}; the model knows positions to {reach}"
+            return f"no scaling; {base}; meant for positions to {self.reach:,}"
         if self.kind == "dynamic":
-            return f"dynamic, factor {self.factor:g}; {base} up to {reach} tokens, a greater base beyond"
-        reach = f"{round(self.trained_length * self.factor):,} (the {reach} that it knows x {self.factor:g})"
+            return f"dynamic, factor {self.factor:g}; {base} up to {self.reach:,} tokens, a greater base beyond"
+        reach = f"{self.reach:,}, first trained to {self.trained_length:,}"
         return f"{self.kind}, factor {self.factor:g}; {base}; meant for positions to {reach}"
 
 
@@ -56,7 +62,7 @@ def read_ropes(raw: Mapping[str, Any], head_size: int) -> dict[str | None, Rope]
         return {layers: _read_rope(raw, own, head_size) for layers, own in scaling.items()}
     rope = _read_rope(raw, scaling, head_size)
     if "rope_local_base_freq" in raw:
-        local = Rope("default", float(raw["rope_local_base_freq"]), rope.dims, rope.trained_length, {})
+        local = Rope("default", float(raw["rope_local_base_freq"]), rope.dims, rope.trained_length, rope.settings)
         return {"full_attention": rope, "sliding_attention": local}
     return {None: rope}
 
@@ -72,7 +78,7 @@ def _read_rope(raw: Mapping[str, Any], scaling: Mapping[str, Any], head_size: in
             f"The rope type {kind!r} is none of {', '.join(FREQUENCIES)}, whose formulas this check has. It proves "
             "nothing about others."
         )
-    base = scaling.get("rope_theta") or raw.get("rope_theta") or raw.get("rotary_emb_base") or DEFAULT_BASE
+    base = scaling.get("rope_theta") or raw.get("rotary_emb_base") or raw.get("rope_theta") or DEFAULT_BASE
     share = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or raw.get("rotary_pct") or 1.0
     longest = raw.get("max_position_embeddings", 2048)
     original = scaling.get(ORIGINAL) or raw.get(ORIGINAL) or longest
@@ -81,21 +87,29 @@ def _read_rope(raw: Mapping[str, Any], scaling: Mapping[str, Any], head_size: in
     return Rope(kind, float(base), int(head_size * share), int(trained_length), settings)
 
 
-def turns(rope: Rope, positions: Floats, length: int) -> tuple[Floats, Floats]:
-    """Angles (T, D / 2) of positions (T,) in a document of `length` tokens, and what cosine and sine are times."""
+def turns(rope: Rope, positions: NDArray[np.int64], length: int) -> tuple[Floats, float]:
+    """Angles (N, D / 2) of positions (N,) in a document of `length` tokens, and the factor of cosine and sine."""
     frequencies, scale = FREQUENCIES[rope.kind](rope, length)
-    return positions[:, None] * frequencies, np.full(1, scale)
+    return positions[:, None] * frequencies, scale
 
 
-def plain(rope: Rope, length: int = 0, *, base: float | None = None) -> tuple[Floats, float]:
+def bare(rope: Rope) -> Rope:
+    """The same without its scaling."""
+    return rope._replace(kind="default")
+
+
+def plain(rope: Rope, length: int) -> tuple[Floats, float]:
     """Angle per position (D / 2,): base ** (-2 i / D)."""
-    exponents = np.arange(0, rope.dims, 2) / rope.dims
-    return (rope.base if base is None else base) ** -exponents, 1.0
+    return _powers(rope, rope.base), 1.0
+
+
+def _powers(rope: Rope, base: float) -> Floats:
+    return base ** -(np.arange(0, rope.dims, 2) / rope.dims)
 
 
 def linear(rope: Rope, length: int) -> tuple[Floats, float]:
     """Positions are divided by the factor."""
-    return plain(rope)[0] / rope.factor, 1.0
+    return _powers(rope, rope.base) / rope.factor, 1.0
 
 
 def dynamic_base(rope: Rope, length: int) -> float:
@@ -108,12 +122,12 @@ def dynamic_base(rope: Rope, length: int) -> float:
 
 def dynamic(rope: Rope, length: int) -> tuple[Floats, float]:
     """Dynamic NTK: plain with the base of this length."""
-    return plain(rope, base=dynamic_base(rope, length))
+    return _powers(rope, dynamic_base(rope, length)), 1.0
 
 
 def yarn(rope: Rope, length: int) -> tuple[Floats, float]:
     """Slow frequencies are divided by the factor, fast ones stay, a ramp over dimensions lies between."""
-    kept, _ = plain(rope)
+    kept = _powers(rope, rope.base)
     settings, half = rope.settings, rope.dims // 2
 
     def dimension(num_turns: float) -> float:
@@ -144,7 +158,7 @@ def _yarn_scale(rope: Rope) -> float:
 
 def llama3(rope: Rope, length: int) -> tuple[Floats, float]:
     """By wavelength: long ones are divided by the factor, short ones stay, between them it goes over smoothly."""
-    kept, _ = plain(rope)
+    kept = _powers(rope, rope.base)
     low, high = float(rope.settings["low_freq_factor"]), float(rope.settings["high_freq_factor"])
     num_turns = rope.trained_length * kept / (2 * math.pi)  # in the trained length
     share = np.clip((num_turns - low) / (high - low), 0, 1)  # of the frequency as it was
@@ -153,7 +167,7 @@ def llama3(rope: Rope, length: int) -> tuple[Floats, float]:
 
 def longrope(rope: Rope, length: int) -> tuple[Floats, float]:
     """A factor for each frequency, of two lists: one for documents beyond the trained length."""
-    kept, _ = plain(rope)
+    kept = _powers(rope, rope.base)
     name = "long_factor" if length > rope.trained_length else "short_factor"
     scale = rope.settings.get("attention_factor")
     if scale is None:

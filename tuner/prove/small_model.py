@@ -18,13 +18,12 @@ from tuner.prove.rope import ORIGINAL, ROPE_KEYS, rope_type
 NUM_TOKEN_IDS = 512
 HEAD_SIZE = 16
 SEED = 0
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 AT_MOST = {
     "intermediate_size": 64,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
-    "num_experts": 16,
-    "num_local_experts": 16,
-    "n_routed_experts": 16,
+    **dict.fromkeys(NUM_EXPERTS, 16),
     "sliding_window": 24,  # shorter than the documents, or it would do nothing
 }
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -115,6 +114,8 @@ def _small(family: Family, num_heads: int, num_kv_heads: int, head_size: int) ->
     for name, most in AT_MOST.items():
         if type(value := getattr(config, name, None)) is int:
             put(name, min(value, most))
+    if any(hasattr(config, name) for name in NUM_EXPERTS):
+        small["experts_implementation"] = "eager"  # the others have no float64
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if type(value := getattr(config, name, None)) is int:
             put(name, value % NUM_TOKEN_IDS)

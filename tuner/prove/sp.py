@@ -10,7 +10,6 @@ import torch
 
 from tuner.check import DATA_PARTS, check
 from tuner.config import loads
-from tuner.engine.strategy import Strategy
 from tuner.errors import UserError
 from tuner.parallel.mesh import Degrees, arrange, check_heads, read_degrees
 from tuner.prove.documents import (
@@ -68,7 +67,9 @@ def check_sp(source: str, *, name: str = "config.py", **options: Any) -> int:
     started, wanted = time.monotonic(), Options(**options)
     config = loads(source, name)
     check(config, DATA_PARTS)
-    degrees = read_degrees(read_sp(wanted.sp) if wanted.sp is not None else own_sp(config))
+    strategy = config.get("strategy") or {}
+    own_sp = strategy.get("sequence_parallel_size", 1)
+    degrees = read_degrees(read_sp(wanted.sp) if wanted.sp is not None else own_sp)
     num_ranks = wanted.ranks if wanted.ranks is not None else max(2, degrees.size)
     if num_ranks < 1:
         raise UserError(f"--ranks {num_ranks}: give at least 1, the number of processes.")
@@ -78,10 +79,11 @@ def check_sp(source: str, *, name: str = "config.py", **options: Any) -> int:
     attention = "eager" if family.attention == "eager" else "sdpa"
     print(f"{name}: is a step's gradient the same when it is spread over {num_ranks} ranks?")
     print(f"  model   {describe(family)}")
+    print(f"  weights {where_weights_are(strategy)}")
     steps = choose_steps(config, degrees, num_ranks, wanted)
     with tempfile.TemporaryDirectory(prefix="tuner-prove-") as directory:
         model = write_model(narrow(family), Path(directory))
-        job = Job(source, name, model, attention, degrees, steps, wanted.scale_loss)
+        job = Job(source, name, model, attention, degrees, strategy.get("fsdp"), steps, wanted.scale_loss)
         losses = expect(config, job)
         print(f"  {time.monotonic() - started:6.1f} s  one process has done it, document by document", flush=True)
         outcomes = on_ranks(num_ranks, outcomes_on_rank, job)
@@ -105,12 +107,13 @@ def read_sp(text: str) -> int | dict[str, int]:
     return {name: int(number) for name, number in pairs}
 
 
-def own_sp(config: Any) -> Any:
-    """What the config's strategy says."""
-    strategy = config.get("strategy")
-    if not (isinstance(strategy.get("type"), type) and issubclass(strategy["type"], Strategy)):
-        raise UserError("strategy in the config has no strategy of tuner as its type. Say how to cut: --sp 2.")
-    return strategy.get("sequence_parallel_size", 1)
+def where_weights_are(strategy: Any) -> str:
+    """How ranks hold the model in this proof, in words."""
+    if strategy.get("fsdp") is not None:
+        return f"cut over the ranks by FSDP2 ({strategy['fsdp']})"
+    if strategy.get("deepspeed") is not None:
+        return "whole on every rank: DeepSpeed's ZeRO has no float64, so this check leaves it out"
+    return "whole on every rank"
 
 
 def describe(family: Family) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from torch.optim import SGD
 
 from tuner.config import loads
 from tuner.dataset.sampler import StepSampler
+from tuner.engine.fsdp import FullyShard
+from tuner.engine.own_parts import whole
 from tuner.engine.replicated import Replicated
 from tuner.engine.schedule import WarmupCosine
+from tuner.engine.stepping import Stepping
 from tuner.engine.world import World
 from tuner.method.sft import SFT
 from tuner.parallel.mesh import Degrees, build_mesh
@@ -29,6 +32,7 @@ class Job(NamedTuple):
     model: Path  # directory of the small model; the expected gradients lie in it
     attention: str
     degrees: Degrees
+    fsdp: Literal["full", "hybrid"] | None  # how FSDP2 cuts the weights; None has them whole on every rank
     steps: Mapping[str, Step]  # by where the trained tokens lie
     scale_loss: float  # 1; another number is a mistake made on purpose
 
@@ -65,9 +69,9 @@ def by_definition(method: SFT, step: Step) -> tuple[float, dict[str, torch.Tenso
 
 
 def gradients_of(method: SFT) -> dict[str, torch.Tensor]:
-    """A copy of what each parameter has."""
+    """A copy of what each parameter has, whole; where ranks have rows of it, all of them must ask."""
     named = method.named_parameters()
-    return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+    return {name: grad.clone() for name, grad in whole((n, p.grad) for n, p in named if p.grad is not None)}
 
 
 def expected_path(model: Path, placement: str) -> Path:
@@ -79,7 +83,7 @@ def outcomes_on_rank(job: Job) -> dict[str, Outcome]:
     """Do the steps of a job as this rank of the process group."""
     config = loads(job.source, job.name)
     rank, size = dist.get_rank(), dist.get_world_size()
-    strategy = Replicated(precision="fp32", sequence_parallel_size=job.degrees._asdict(), device="cpu")
+    strategy = choose_strategy(job)
     strategy.place(World(rank, size, rank, size), build_mesh(job.degrees))
     method = build_small(config, job.model, attention=job.attention, dtype=torch.float64)
     if job.degrees.size > 1:
@@ -101,7 +105,15 @@ def outcomes_on_rank(job: Job) -> dict[str, Outcome]:
     return outcomes
 
 
-def do_step(strategy: Replicated, step: Step, scale_loss: float) -> float:
+def choose_strategy(job: Job) -> Stepping:
+    """That of training, on a CPU; all it computes is in the dtype of the model."""
+    sizes = job.degrees._asdict()
+    if job.fsdp is None:
+        return Replicated(precision="fp32", sequence_parallel_size=sizes, device="cpu")
+    return FullyShard(fsdp=job.fsdp, precision="fp32", sequence_parallel_size=sizes, device="cpu")
+
+
+def do_step(strategy: Stepping, step: Step, scale_loss: float) -> float:
     """The optimizer step of this rank; returns the loss of all ranks."""
     num_parts = strategy.degrees.size
     num_replicas = strategy.world.size // num_parts
