@@ -79,8 +79,9 @@ class FullyShard(Stepping):
             lent.remove()
         for layer in outermost_layers(model.get_submodule("llm")):
             if lent is not None:
-                lent.borrow(layer.parameters())
+                lent.hand_over(layer.parameters())
             fully_shard(layer, mesh=self._shards, mp_policy=policy)
+        del lent  # and with it the last reference to what the root cuts
         # The root is the method, not its llm: what it does with the head's weight beside the llm's forward lies
         # between the root's hooks, where that weight is whole and its gradient is waited for.
         self._root: FSDPModule = fully_shard(model, mesh=self._shards)

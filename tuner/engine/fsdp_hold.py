@@ -57,8 +57,14 @@ class LentWeights:
                 storage.resize_(parameter.numel() * parameter.element_size())
                 parameter.data.copy_(self._read(self._names[parameter], parameter))  # unseen by autograd
 
+    def hand_over(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Read those that are not there, for good: whoever cuts them frees the whole."""
+        for parameter in parameters:
+            self.borrow([parameter])
+            del self._names[parameter]
+
     def remove(self) -> None:
-        """From now on calls read nothing; `borrow` still does."""
+        """From now on calls read nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
