@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from preview_runs import PRESET, write_run
+from preview_runs import PRESET, rows, write_run
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tuner.cli import run
@@ -91,6 +91,23 @@ def test_a_mistaken_divisor_is_caught_on_the_ranks_of_the_config(
     assert "ratio 0.500000000000" in out
     assert out.count(" 0.500000000000   1.000000000000   5.0e-01\n") == 5, "every parameter that is shown"
     assert "NOT THE SAME" in out
+
+
+def test_labels_that_weigh_less_and_weights_that_are_cut_are_proven(
+    data: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    content = rows()
+    for row in content[::2]:
+        row["messages"][1]["loss"] = 0.25
+    path = tmp_path / "weighted.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in content), encoding="utf-8")
+    assert (
+        check("sp", {**data, "data_path": path, "fsdp": "full"}, "--sp", "2", "--train", "own", **FAMILIES["mixtral"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "cut over the ranks by FSDP2 (full)" in out
+    assert "ratio 1.000000000000" in out
 
 
 @pytest.mark.parametrize(

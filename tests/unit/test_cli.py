@@ -61,6 +61,7 @@ def trained(calls: list[tuple[str, tuple, dict]]) -> tuple[str, dict]:
         ["list-formats"],
         ["train", "--help"],
         ["preview", "--help"],
+        ["check", "sp", "--help"],
         ["copy-cfg", PRESET, "."],
         ["completion", "fish"],
         ["--version"],

@@ -77,7 +77,8 @@ def check_sp(source: str, *, name: str = "config.py", **options: Any) -> int:
     family = read_family(config)
     check_heads(family.num_heads, family.num_kv_heads, degrees.ulysses)
     attention = "eager" if family.attention == "eager" else "sdpa"
-    print(f"{name}: is a step's gradient the same when it is spread over {num_ranks} ranks?")
+    ranks = "rank" if num_ranks == 1 else "ranks"
+    print(f"{name}: is a step's gradient the same when it is spread over {num_ranks} {ranks}?")
     print(f"  model   {describe(family)}")
     print(f"  weights {where_weights_are(strategy)}")
     steps = choose_steps(config, degrees, num_ranks, wanted)
@@ -85,7 +86,10 @@ def check_sp(source: str, *, name: str = "config.py", **options: Any) -> int:
         model = write_model(narrow(family), Path(directory))
         job = Job(source, name, model, attention, degrees, strategy.get("fsdp"), steps, wanted.scale_loss)
         losses = expect(config, job)
-        print(f"  {time.monotonic() - started:6.1f} s  one process has done it, document by document", flush=True)
+        print(
+            f"  {time.monotonic() - started:6.1f} s  one process has done it, document by document; {num_ranks} start",
+            flush=True,
+        )
         outcomes = on_ranks(num_ranks, outcomes_on_rank, job)
     print(f"  {time.monotonic() - started:6.1f} s  {num_ranks} processes have done it", flush=True)
     good = [report(placement, losses[placement], [found[placement] for found in outcomes]) for placement in steps]
