@@ -108,6 +108,7 @@ RULES: dict[str, Rule] = {
     "train_newline": FLAG,
     "gradient_checkpointing": FLAG,
     "hpz_partition_size": count(1, or_none=True),
+    "rank_timeout": number(1, words="a number of seconds from 1"),
 }
 CHOICES: dict[str, Collection[str]] = {
     "precision": PRECISIONS,

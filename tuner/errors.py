@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions whose message is all that the user needs to see."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class LostRankError(RuntimeError):
+    """Ranks waited for one that did not come; the message names it, and the command line exits with code 3."""

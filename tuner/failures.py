@@ -7,15 +7,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tuner.errors import UserError
+from tuner.errors import LostRankError, UserError
 
-EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 1, 2, 3, 130
 LAUNCH_DIR = "TUNER_LAUNCH_DIR"
 """set for the ranks that `tuner train --nproc N` starts: where each writes what stopped it, for the launcher to tell"""
+PLACE_SIZE = 1024  # bytes
 ECHO_SECONDS = 3.0  # that a rank which lost its connections waits for the one whose fault it was
 ECHO_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "PeerError")
 ECHO_WORDS = ("connection closed by peer", "connection reset", "broken pipe", "gloo/transport", "remote process exited")
@@ -39,13 +40,15 @@ class Failure(NamedTuple):
 
 
 def exit_code(error: Exception) -> int:
-    """2 where the user can mend it, 1 for anything else."""
+    """2 where the user can mend it, 3 where a rank did not come, 1 for anything else."""
+    if isinstance(error, LostRankError):
+        return EXIT_LOST_RANK
     return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_UNEXPECTED
 
 
 def message_of(error: Exception) -> str:
     """What is printed for an exception in place of its traceback."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, LostRankError)):
         return f"Error: {error}"
     first_line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first_line} (run with --debug for the traceback)"
@@ -53,7 +56,7 @@ def message_of(error: Exception) -> str:
 
 def is_echo(error: Exception) -> bool:
     """Whether an exception looks like what ranks raise once another has left them."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, LostRankError)):
         return False
     kinds = {kind.__name__ for kind in type(error).__mro__}
     text = str(error).lower()
@@ -96,6 +99,34 @@ def write_failure(directory: Path, failure: Failure) -> None:
     draft.write_text(json.dumps(failure._asdict()), encoding="utf-8")
     if not path.exists():
         draft.rename(path)
+
+
+def place_path(directory: Path, rank: int) -> Path:
+    """Where a rank keeps what `last_words` made of its place, for when it is killed."""
+    return directory / f"place_{rank}"
+
+
+def last_words(step: int, phase: str, documents: Sequence[str]) -> bytes:
+    """Where a process is, always as many bytes: they are written over those of before, and never cut in two.
+
+    Args:
+        step: counted from 1; 0 before the first.
+        documents: a few of the step's; empty where they are not known.
+    """
+    text = where(step, phase) + (f" with the documents {', '.join(documents)}" if documents else "")
+    return text.encode()[:PLACE_SIZE].ljust(PLACE_SIZE)
+
+
+def where(step: int, phase: str) -> str:
+    """A place for a person."""
+    return f"in step {step} ({phase})" if step else f"before its first step ({phase})"
+
+
+def read_last_words(directory: Path, rank: int) -> str:
+    """A sentence on where a killed rank was; empty where it had no place yet."""
+    path = place_path(directory, rank)
+    text = path.read_bytes().decode(errors="replace").rstrip() if path.exists() else ""
+    return f" It was {text}." if text else ""
 
 
 def read_failure(text: str) -> Failure:

@@ -2,8 +2,9 @@
 
 import copy
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,14 @@ from tuner.config import loads
 from tuner.configs import literals
 from tuner.engine.assemble import Assembly
 from tuner.engine.checkpoint import write_text_atomically
+from tuner.engine.loop import RANK_TIMEOUT, documents_of_rank
 from tuner.engine.machine import set_num_threads
 from tuner.engine.randomness import seed_everything
 from tuner.engine.runner import Parts, Runner, RunRecord
+from tuner.engine.sameness import compare_ranks, own_facts
 from tuner.engine.strategy import Strategy
 from tuner.engine.together import from_first
+from tuner.engine.watch import Patience, watched
 from tuner.engine.work_dir import check_shared, choose_checkpoint, locked, write_config
 from tuner.engine.world import World, joined, read_world
 from tuner.errors import UserError
@@ -49,7 +53,8 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
         if world.is_first:
             write_config(work_dir, source, checkpoint is not None)
         prepared = prepare(config, world)
-        with joined(world, prepared.strategy.device):
+        with meeting(config, prepared, work_dir):
+            compare_run(source, prepared.dataloader, world)
             checkpoint = from_first(checkpoint, world)
             check_shared(work_dir, world)
             prepared.strategy.place(world, build_mesh(prepared.strategy.degrees))
@@ -57,6 +62,30 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
         if world.is_first:
             save_ledger(prepared.dataloader, work_dir)  # a stream's has grown
     return work_dir
+
+
+@contextmanager
+def meeting(config: Any, prepared: "Prepared", work_dir: Path) -> Iterator[None]:
+    """The group of all ranks, each of which watches that the others come."""
+    world, strategy, dataloader = read_world(), prepared.strategy, prepared.dataloader
+    timeout = config.train_cfg.get("rank_timeout", RANK_TIMEOUT)
+    num_sharing = strategy.degrees.size
+
+    def documents(step: int, rank: int) -> list[str]:
+        return documents_of_rank(dataloader, step, rank // num_sharing, world.size // num_sharing)
+
+    of_groups = timedelta(seconds=Patience(timeout).of_groups)
+    with (
+        joined(world, strategy.device, timeout=of_groups),
+        watched(world, strategy.progress, timeout=timeout, documents=documents, work_dir=work_dir),
+    ):
+        yield
+
+
+def compare_run(source: str, dataloader: DataLoader, world: World) -> None:
+    """Raise a UserError, the same on all ranks, where they have other configs, data or code; all must call it."""
+    if world.size > 1:
+        compare_ranks(world, own_facts(source, dataloader.dataset))
 
 
 class Prepared(NamedTuple):

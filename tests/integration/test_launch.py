@@ -20,6 +20,7 @@ from tuner.model.tokenizer import build_tokenizer
 NUM_ROWS = 40
 USERS_CODE = """
 import os
+import signal
 import time
 from pathlib import Path
 from mmengine.hooks import Hook
@@ -38,7 +39,16 @@ class FailOnce(Hook):
         if os.environ["RANK"] == "1" and batch_idx == 4 and not (HERE / "failed").exists():
             (HERE / "failed").touch()
             raise ZeroDivisionError("the user's own")
+
+
+class SlowThenStopped(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if os.environ["RANK"] == "0" and batch_idx == 2:
+            time.sleep(4)  # as a long sampled chat: more than the timeout
+        if os.environ["RANK"] == "1" and batch_idx == 4:
+            os.kill(os.getpid(), signal.SIGSTOP)
 """
+TIMEOUT = 3
 
 
 @pytest.fixture
@@ -109,6 +119,32 @@ def test_a_restarted_run_goes_on_from_its_checkpoint(config: Path, tmp_path: Pat
     assert "from step 3" in out
     steps = [json.loads(line)["step"] for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.usefixtures("config")
+def test_a_stopped_rank_is_named_and_a_slow_one_is_not(tmp_path: Path, capfd: pytest.CaptureFixture):
+    hook = "\nfrom users_code import SlowThenStopped\ncustom_hooks = [*custom_hooks, dict(type=SlowThenStopped)]\n"
+    with (tmp_path / "tiny.py").open("a") as file:
+        file.write(hook)
+    arguments = ["train", "tiny.py", f"rank_timeout={TIMEOUT}", "--nproc", "2", "--work-dir", "work"]
+    assert run(arguments) == 3
+    out, errors = capfd.readouterr()
+    assert "step 5/" in out, "the slow hook of step 3 raised no alarm"
+    assert "rank 0: Error: Rank 1: gives no sign of life: stopped" in errors
+    assert "Rank 0 has been in step 6 (forward and backward) for " in errors
+    assert "Traceback" not in errors + out
+    listed = json.loads((tmp_path / "work" / "lost_rank_step_6.json").read_text())
+    assert listed["step"] == 6
+    assert f"{tmp_path / 'rows.jsonl'}:" in listed["documents"]["rank 1"][0]
+    assert listed["documents"]["rank 1"][0] in errors
+    rows = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["imbalance"] >= 1
+        assert 0 <= row["least_wait_seconds"] <= row["wait_seconds"]
+        assert row["memory_rank"] in (0, 1)
+        assert row["tokens_per_second_per_device"] == pytest.approx(row["tokens_per_second"] / 2)
+    assert "waits " in out
+    assert "peak x 2 devices" in out
 
 
 def test_a_mistake_is_told_before_a_process_starts(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture):

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 
-from tuner.engine.sameness import compare_ranks, differences, own_facts
+from tuner.engine.sameness import differences
 from tuner.engine.world import World, in_ranges, joined, meeting_place, read_world, wait_for_all
 from tuner.errors import UserError
+from tuner.train import compare_run
 
 
 def variables(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
@@ -78,17 +79,21 @@ def dataset(fingerprint: str) -> Any:
     return SimpleNamespace(shards=SimpleNamespace(fingerprint=fingerprint))
 
 
-def compare(size: int) -> str:
+def compare(size: int) -> list[str]:
+    """What a training says that begins with other shards, or with another config."""
     rank = dist.get_rank()
-    compare_ranks(World(rank, size), own_facts("lr = 1", dataset("abc")))
-    try:
-        compare_ranks(World(rank, size), own_facts("lr = 1", dataset(f"made by {rank}")))
-    except UserError as error:
-        return str(error)
-    return "nothing"
+    compare_run("lr = 1", SimpleNamespace(dataset=dataset("abc")), World(rank, size))
+    said = []
+    for source, shards in [("lr = 1", f"made by {rank}"), (f"lr = {rank}", "abc")]:
+        try:
+            compare_run(source, SimpleNamespace(dataset=dataset(shards)), World(rank, size))
+        except UserError as error:
+            said.append(str(error))
+    return said
 
 
-def test_ranks_with_other_shards_stop_all_with_one_message():
+def test_ranks_with_other_shards_or_configs_stop_all_with_one_message():
     first, second = run_on_ranks(2, compare, 2)
     assert first == second
-    assert "The ranks do not run the same thing:\n  - data: made by 0 on rank 0 (" in first
+    assert "The ranks do not run the same thing:\n  - data: made by 0 on rank 0 (" in first[0]
+    assert "The ranks do not run the same thing:\n  - config: " in first[1]

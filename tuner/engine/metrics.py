@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from mmengine.hooks import Hook
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 from tuner.engine.checkpoint import write_text_atomically
 from tuner.engine.machine import PeakRate, peak_memory, peak_rate
 from tuner.engine.strategy import StepResult
+from tuner.engine.tally import Tally
+from tuner.engine.world import World
 from tuner.errors import UserError
 from tuner.model.flops import Matmuls, count_matmuls, hardware_flops, model_flops
 
@@ -20,7 +23,15 @@ if TYPE_CHECKING:
     from tuner.engine.runner import Runner
 
 METRICS = "metrics.jsonl"
-CHARTED = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "hfu", "memory_bytes")
+CHARTED = (
+    *("loss", "lr", "grad_norm", "tokens_per_second", "tokens_per_second_per_device", "mfu", "hfu"),
+    *("memory_bytes", "imbalance", "data_seconds", "wait_seconds", "least_wait_seconds"),
+)
+RANK_COLUMNS = (
+    "over ranks: data = longest wait for data / step; waits = mean time in which a training thread computed nothing "
+    "(others were slower, or their tensors under way, or another process had its core) / step, the least of a rank in "
+    "brackets, '-' on GPUs, where no clock tells; imbalance = largest sum of squared document lengths / mean"
+)
 
 
 class MetricsHook(Hook):
@@ -60,7 +71,7 @@ class MetricsHook(Hook):
                 self.board.add_scalar(name, row[name], row["step"])
         is_last = row["step"] == row["num_steps"]
         if row["step"] % self.interval == 0 or row["step"] == self.first_step + 1 or is_last:
-            print(line(row), flush=True)
+            print(line(row, runner.strategy.world.size), flush=True)
 
     def after_run(self, runner: "Runner") -> None:
         """Close the files."""
@@ -89,9 +100,8 @@ class MetricsHook(Hook):
             "tokens_per_second_per_device": result.num_tokens / loop.step_seconds / strategy.world.size,
             "mfu": mfu,
             "hfu": hfu,
-            "memory_bytes": peak_memory(strategy.device),
+            **over_ranks(result.tally, strategy.world, strategy.device),
             "step_seconds": loop.step_seconds,
-            "data_seconds": loop.data_seconds,
             "seconds_left": seconds_per_step * (num_steps - done),
         }
 
@@ -102,6 +112,20 @@ class MetricsHook(Hook):
         counts = (self.matmuls, result.num_tokens, result.sum_squared_lengths, result.num_loss_tokens)
         hardware = hardware_flops(*counts, gradient_checkpointing=self.is_checkpointing)
         return model_flops(*counts) / seconds / self.peak.flops, hardware / seconds / self.peak.flops
+
+
+def over_ranks(tally: Tally, world: World, device: torch.device) -> dict[str, Any]:
+    """What is compared between ranks; times of waiting are None where nobody waits, or where nobody can tell."""
+    own = peak_memory(device)  # later than the tally's: the optimizer's state may have come since
+    is_known = world.size > 1 and device.type == "cpu"
+    return {
+        "memory_bytes": max(tally.memory_bytes, own),
+        "memory_rank": world.rank if own > tally.memory_bytes else tally.memory_rank,
+        "imbalance": tally.imbalance,
+        "data_seconds": tally.data_seconds,
+        "wait_seconds": tally.wait_seconds if is_known else None,
+        "least_wait_seconds": tally.least_wait_seconds if is_known else None,
+    }
 
 
 def read_matmuls(llm: PreTrainedModel) -> Matmuls | None:
@@ -115,17 +139,19 @@ def read_matmuls(llm: PreTrainedModel) -> Matmuls | None:
 
 def header(runner: "Runner", peak: PeakRate) -> str:
     """What the columns of the log mean; printed once."""
-    loop = runner.train_loop
+    loop, num_devices = runner.train_loop, runner.strategy.world.size
+    peaks = "peak" if num_devices == 1 else f"peak x {num_devices} devices"
     return (
         f"{loop.num_steps} optimizer steps in {runner.work_dir}, from step {runner.strategy.step}\n"
-        "MFU = FLOPs of forward and backward / (seconds of the step x peak); FLOPs = 6 x weights of the layers x "
+        f"MFU = FLOPs of forward and backward / (seconds of the step x {peaks}); FLOPs = 6 x weights of the layers x "
         "tokens + 6 x weights of the head x trained tokens + 6 x heads x head size x sum of squared document lengths, "
         "over all layers (causal, GQA-aware); HFU adds what is computed again: scores, checkpointed layers\n"
         f"peak = {peak.flops / 1e12:.3g} TFLOP/s, {peak.source}; tok/s counts every token, waiting for data included"
+        + ("" if num_devices == 1 else f"\n{RANK_COLUMNS}")
     )
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], num_ranks: int) -> str:
     """One step for a person."""
     parts = [
         f"step {row['step']}/{row['num_steps']}",
@@ -138,9 +164,24 @@ def line(row: dict[str, Any]) -> str:
         f"MFU {share(row['mfu'])}",
         f"HFU {share(row['hfu'])}",
         f"{row['memory_bytes'] / 1e9:.2f} GB",
+        *(rank_columns(row) if num_ranks > 1 else ()),
         f"left {duration(row['seconds_left'])}",
     ]
     return "  ".join(parts) + ("  (gradient overflow: step skipped, loss scale halved)" if row["skipped"] else "")
+
+
+def rank_columns(row: dict[str, Any]) -> list[str]:
+    """How the ranks of a step fared beside each other."""
+    data, waits, least = (
+        share(None if row[name] is None else row[name] / row["step_seconds"])
+        for name in ("data_seconds", "wait_seconds", "least_wait_seconds")
+    )
+    return [
+        f"(rank {row['memory_rank']})",
+        f"data {data}",
+        f"waits {waits} ({least})",
+        f"imbalance {row['imbalance']:.2f}",
+    ]
 
 
 def share(value: float | None) -> str:

@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from safetensors import SafetensorError
 
 from tuner.engine.checkpoint import list_checkpoints, prune
+from tuner.engine.progress import CHECKPOINT
 from tuner.engine.snapshot import save_snapshot
 from tuner.engine.strategy import NonFiniteStepError, StepResult
 from tuner.engine.together import PeerError, all_or_none
@@ -42,7 +43,8 @@ class CheckpointHook(Hook):
         step = runner.strategy.step
         is_last = step == runner.train_loop.num_steps
         if is_last or (self.interval is not None and step % self.interval == 0):
-            self._save(runner, is_last)
+            with runner.strategy.progress.during(CHECKPOINT):
+                self._save(runner, is_last)
 
     def _save(self, runner: "Runner", is_last: bool) -> None:
         work_dir, world = Path(runner.work_dir), runner.strategy.world

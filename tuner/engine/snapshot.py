@@ -25,7 +25,7 @@ DATA_SETTINGS = (
 )  # fmt: skip
 # settings that change nothing which is computed; of the data it is the content that counts, not the path
 FREE_SETTINGS = (
-    "data_path", "num_accumulation_steps",
+    "data_path", "num_accumulation_steps", "rank_timeout",
     "log_interval", "save_interval", "keep_checkpoints", "sample_interval", "sample_prompts", "cache_dir",
 )  # fmt: skip
 

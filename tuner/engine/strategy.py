@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from tuner.constants import IGNORE_INDEX
 from tuner.engine.frame import BaseStrategy
+from tuner.engine.machine import peak_memory
 from tuner.engine.precision import PRECISIONS
+from tuner.engine.progress import COMPUTE, SUM, UPDATE, Progress
 from tuner.engine.schedule import WarmupCosine
+from tuner.engine.tally import Own, Tally, gather_rows, tally
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles, share_of, write_share
-from tuner.engine.together import all_or_none, sum_over_ranks
+from tuner.engine.together import all_or_none
 from tuner.engine.world import ALONE, World, own_device, read_world
 from tuner.errors import UserError
 from tuner.model.hollow import Hold
@@ -39,6 +42,7 @@ class StepResult(NamedTuple):
     num_loss_tokens: int
     num_tokens: int
     sum_squared_lengths: int  # over documents; what attention costs
+    tally: Tally  # how the ranks fared beside each other
     skipped: bool  # fp16 only: the gradient overflowed, the weights stay, the loss scale is halved
 
 
@@ -73,6 +77,7 @@ class Strategy(BaseStrategy):
         self.step = 0  # optimizer steps done
         self.num_steps = 0
         self.world, self.mesh = ALONE, OWN_MESH
+        self.progress = Progress()
         self._prepared = False
 
     def place(self, world: World, mesh: Mesh) -> None:
@@ -144,23 +149,31 @@ class Strategy(BaseStrategy):
         Raises:
             NonFiniteStepError: on all ranks, before the optimizer could carry a NaN into the weights.
         """
+        self.progress.enter(COMPUTE)
         lr = self.set_learning_rates()
         loss = torch.zeros((), device=self.device)
         for place, batch in enumerate(batches):
             part = self._to_device(cut(batch, self.mesh.degrees, self.mesh.sequence.rank))
             loss = loss + self.backward(part, is_last=place == len(batches) - 1)
-        # what shares a sequence has the same counts, and only one of them may count
-        counts = count_tokens(batches) if self.mesh.sequence.rank == 0 else TokenCounts(0, 0, 0)
-        sums = torch.tensor([0, *counts], dtype=torch.float64, device=self.device)
-        sums[0] = loss
-        sum_over_ranks(sums, self.world)
-        values = torch.cat([sums, self.gradient_norm().to(sums).reshape(1)]).tolist()
-        loss_value, norm = values[0], values[-1]
-        skipped = self._check_finite(loss_value, norm)
+        self.progress.enter(SUM)
+        times = (self.progress.data_seconds, self.progress.take_idle_seconds(), peak_memory(self.device))
+        rows = gather_rows(Own(0, *count_tokens(batches), *times), loss, self.world)
+        *values, norm = torch.cat([rows.flatten(), self.gradient_norm().to(rows).reshape(1)]).tolist()
+        sums = tally(values, self.mesh.degrees.size)
+        self.progress.enter(UPDATE)
+        skipped = self._check_finite(sums.loss, norm)
         self.update(norm)
         self.step += 1
-        totals = TokenCounts(*map(int, values[1:-1]))
-        return StepResult(loss_value, norm, lr, *totals, skipped=skipped)
+        return StepResult(
+            loss=sums.loss,
+            grad_norm=norm,
+            lr=lr,
+            num_loss_tokens=sums.num_loss_tokens,
+            num_tokens=sums.num_tokens,
+            sum_squared_lengths=sums.sum_squared_lengths,
+            tally=sums,
+            skipped=skipped,
+        )
 
     @abstractmethod
     def set_learning_rates(self) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from tuner.failures import EXIT_INTERRUPTED, Failure, failure_path, read_failure
+from tuner.failures import EXIT_INTERRUPTED, Failure, failure_path, read_failure, read_last_words
 from tuner.launch.nodes import Place
 
 END_SECONDS = 3.0  # for ranks to leave when another has failed; one that waits for the other never would
@@ -95,9 +95,8 @@ class Processes:
     def _obituary(self, rank: int, code: int) -> Failure:
         host = socket.gethostname()
         was_told = code in (-signal.SIGTERM, -signal.SIGINT, EXIT_INTERRUPTED, 128 + signal.SIGTERM)
-        return Failure(
-            rank, host, self._ended[rank], code if code > 0 else 128 - code, how_ended(code), is_echo=was_told
-        )  # fmt: skip
+        words = how_ended(code) + read_last_words(self.directory, rank)
+        return Failure(rank, host, self._ended[rank], code if code > 0 else 128 - code, words, is_echo=was_told)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to each that is still there, but not to the workers of its own."""

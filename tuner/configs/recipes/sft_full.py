@@ -29,6 +29,7 @@ deepspeed: str | None = None  # "zero1" to "zero3" cut the model over ranks; "ze
 offload_directory: str | None = None  # a fast disk for what "zero3_offload" keeps; None is the memory of the CPU
 hpz_partition_size: int | None = None  # ranks that share a copy of the weights under "zero3_hpz"; None: of a node
 fsdp: str | None = None  # torch's FSDP2 in place of deepspeed: "full" cuts over all ranks, "hybrid" in each node
+rank_timeout = 1800.0  # seconds to wait for a rank that does not come, before all end and say which
 
 # settings: the data
 data_path: str | list[str | dict] = "train.jsonl"  # file, "*.jsonl", "hub:NAME", list of {"path":, "weight":, ...}
@@ -127,7 +128,7 @@ strategy = dict(
     sequence_parallel_size=sequence_parallel_size,
 )
 
-train_cfg = dict(type=TrainLoop)
+train_cfg = dict(type=TrainLoop, rank_timeout=rank_timeout)
 
 custom_hooks = [
     dict(type=MetricsHook, interval=log_interval),
