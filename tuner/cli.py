@@ -31,7 +31,7 @@ DTYPES: dict[str, Literal["auto", "float32", "bfloat16", "float16"]] = {
 }
 LIST_FOOTER = """
 CONTEXT is the tokens of a pack. STATE is the memory of weights, gradients and Adam; activations come on top.
-`tuner train PRESET --nproc N` trains on N processes, each with the whole STATE; to divide it waits for ZeRO-3."""
+`tuner train PRESET --nproc N` trains on N processes, each with the whole STATE; --deepspeed zero3 divides it by N."""
 SHELLS = ("bash", "zsh", "fish")
 
 

@@ -17,7 +17,6 @@ from tuner.cli import run
 from tuner.config import loads, render
 from tuner.configs import literals
 from tuner.demo.files import resolve
-from tuner.engine.loop import TrainLoop
 from tuner.engine.runner import Runner
 from tuner.engine.world import read_world
 from tuner.model.internlm2.configuration import InternLM2Config
@@ -79,11 +78,14 @@ def checkpoint_of(directory: Path, name: str, step: int) -> Path:
 def save_what_was_read(directory: Path, name: str, checkpoint: Path, deepspeed: str) -> None:
     """The tensors of a checkpoint, once another strategy has taken them."""
     runner = build(directory, name, checkpoint, deepspeed=deepspeed)
-    train_steps, TrainLoop.run = TrainLoop.run, lambda self: None
-    try:
-        runner.train()
-    finally:
-        TrainLoop.run = train_steps
+    loop = runner._train_loop = runner.build_train_loop(runner.loop_node)
+    runner.model = runner.strategy.prepare(
+        runner.model,
+        optim_wrapper=runner.optim_wrapper,
+        param_scheduler=runner.param_schedulers,
+        num_steps=loop.num_steps,
+    )
+    runner.load_or_resume()
     runner.strategy.save_checkpoint(directory / name)
 
 

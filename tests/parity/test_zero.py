@@ -1,5 +1,6 @@
 """A step under ZeRO is the step of one process: loss, norm, every gradient, and the weights that AdamW makes."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -118,7 +119,10 @@ def train(strategy: Strategy, case: Case, num_steps: int, method: SFT | None = N
 
 def on_all_ranks(case: Case, **settings: Any) -> Zero:
     rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     settings = {"precision": "fp32", "sequence_parallel_size": case.sequence_parallel, **settings}
+    if case.deepspeed == "zero3_hpz":
+        settings["hpz_partition_size"] = 2  # as if nodes had two processes
     strategy = Zero(case.deepspeed, device="cpu", **settings)
     strategy.place(World(rank, size, rank, size), build_mesh(strategy.degrees))
     return strategy
@@ -169,10 +173,10 @@ def test_so_they_do_with_checkpointing_frozen_weights_offload_and_cut_sequences(
         assert_same(found, MORE)
 
 
-FOUR_RANKS = [Case("zero3", ADAMW, num_packs=7, sequence_parallel=2)]
+FOUR_RANKS = [Case("zero3", ADAMW, num_packs=7, sequence_parallel=2), Case("zero3_hpz", ADAMW)]
 
 
-def test_four_ranks_in_two_sequences_make_the_step_of_one_process():
+def test_four_ranks_in_two_sequences_or_two_nodes_make_the_step_of_one_process():
     for found in run_on_ranks(4, compare_all, FOUR_RANKS):
         assert_same(found, FOUR_RANKS)
 

@@ -26,10 +26,11 @@ def internlm2(model_path: str, max_length: int = 32768) -> dict[str, object]:
     return {"model_path": model_path, "chat_template": "internlm2", "max_length": max_length}
 
 
-# The hardware each is meant for. Training runs on one process today, so what needs several says so.
+# The hardware each is meant for, by arithmetic: under ZeRO-3 a GPU holds, beside activations, 18 bytes of a parameter
+# (weight in bf16 and fp32, gradient, Adam's two moments) over the number of ranks.
 ONE_80GB = "1 x 80 GB"
-EIGHT_80GB = "8 x 80 GB with ZeRO-3"
-SIXTEEN_80GB = "16 x 80 GB with ZeRO-3"
+EIGHT_80GB = "8 x 80 GB, --deepspeed zero3"
+SIXTEEN_80GB = "16 x 80 GB, --deepspeed zero3"
 
 MODELS: dict[str, Model] = {
     "internlm2_tiny": Model(

@@ -156,7 +156,7 @@ def zero_config(
     }
 
 
-HALVES = {
+HALVES: dict[str, dict[str, Any]] = {
     "bf16": {"check_grad_overflow": False},  # found before the step, on all ranks
     # as torch's GradScaler: halve at once, double after 2000 steps
     "fp16": {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1, "min_loss_scale": 1},
