@@ -13,15 +13,19 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tuner.cli import run
 from tuner.dataset.tokenize import Document
+from tuner.engine import replicated
+from tuner.engine.replicated import sum_bucket
 from tuner.method import sft
 from tuner.model import attention
 from tuner.model.attention_sdpa import Pack, sdpa_attention
 from tuner.model.internlm2.rotary import InternLM2RotaryEmbedding
 from tuner.parallel.mesh import Degrees
 from tuner.parallel.sequence import held_tokens
+from tuner.prove import sp
 from tuner.prove.documents import make_step, num_shared, shorten, train_last_shard
 from tuner.prove.gradients import compare, is_close, worst
 from tuner.prove.processes import on_ranks
+from tuner.prove.spread_step import Job, Outcome, outcomes_on_rank
 
 SHAPE = {
     **{"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 12},
@@ -91,6 +95,26 @@ def test_a_mistaken_divisor_is_caught_on_the_ranks_of_the_config(
     assert "ratio 0.500000000000" in out
     assert out.count(" 0.500000000000   1.000000000000   5.0e-01\n") == 5, "every parameter that is shown"
     assert "NOT THE SAME" in out
+
+
+def mean_of_bucket(state: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return sum_bucket(state, bucket).then(lambda future: future.value() / torch.distributed.get_world_size())
+
+
+def with_averaged_gradients(job: Job) -> dict[str, Outcome]:
+    replicated.sum_bucket = mean_of_bucket
+    return outcomes_on_rank(job)
+
+
+def test_a_gradient_that_is_halved_under_an_exact_loss_is_caught(
+    data: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """What published loss reductions for sequence parallelism do."""
+    monkeypatch.setattr(sp, "outcomes_on_rank", with_averaged_gradients)
+    assert check("sp", data, "--sp", "2", "--tokens", "24") == 2
+    out = capsys.readouterr().out
+    assert out.count("ratio 1.000000000000") == 2, "both losses"
+    assert out.count(" 0.500000000000   1.000000000000   5.0e-01\n") == 10
 
 
 def test_labels_that_weigh_less_and_weights_that_are_cut_are_proven(
