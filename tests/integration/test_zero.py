@@ -1,5 +1,6 @@
 """Training under ZeRO on two ranks as `tuner train` does it: resumed bit for bit, by any other strategy, converted."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -17,8 +18,11 @@ from tuner.cli import run
 from tuner.config import loads, render
 from tuner.configs import literals
 from tuner.demo.files import resolve
+from tuner.engine.deepspeed_package import known_keys
 from tuner.engine.runner import Runner
 from tuner.engine.world import read_world
+from tuner.engine.zero import Zero
+from tuner.model.build import build_llm
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.parallel.mesh import build_mesh
 from tuner.train import build_runner, prepare
@@ -150,3 +154,73 @@ def test_from_stage_3_to_1_to_one_process_and_to_transformers(trained: Path, mon
     weights = AutoModelForCausalLM.from_pretrained("hf", dtype="auto").state_dict()
     saved = tensors_in(checkpoint_of(trained, "crossed", END))
     assert [name for name in weights if not torch.equal(weights[name], saved[name])] == []
+
+
+def peak_of_taking(directory: Path, precision: str) -> tuple[int, int, int]:
+    """Bytes: the highest memory of this rank while it takes a model, and elements of the model and its largest tensor.
+
+    What is freed is given back at once, so that it is not counted.
+    """
+    ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    strategy = Zero("zero3", precision=precision, device="cpu")
+    strategy.place(read_world(), build_mesh(strategy.degrees))
+    known_keys()
+    Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM is the peak
+    before = memory("VmRSS")
+    llm = build_llm(str(directory), attention="sdpa", hold=strategy.holder())
+    peak = memory("VmHWM") - before
+    sizes = [parameter.ds_numel for parameter in llm.parameters()]
+    return peak, sum(sizes), max(sizes)
+
+
+def memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "stored"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_checkpoint_is_never_whole_on_a_rank(tmp_path: Path, precision: str, stored: torch.dtype):
+    """The goal: a peak under 1.2 times a rank's share and the largest tensor."""
+    sizes = {"vocab_size": 20000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config = InternLM2Config(**sizes, num_attention_heads=12, num_key_value_heads=4)
+    AutoModelForCausalLM.from_config(config).to(stored).save_pretrained(tmp_path)
+    for peak, total, largest in run_on_ranks(2, peak_of_taking, tmp_path, precision):
+        assert total > 100e6
+        bound = 1.2 * (total / 2 + largest) * stored.itemsize
+        assert peak < bound < 0.9 * total * stored.itemsize
+
+
+MISTAKES = {
+    "no preset": (["--deepspeed", "zero4"], None, "deepspeed='zero4' is no preset. Did you mean zero3"),
+    "no file": (["--deepspeed", "ds.jsn"], None, "deepspeed='ds.jsn' is no preset"),
+    "two optimizers": (
+        ["--deepspeed", "ds.json"],
+        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}, "gradient_clipping": 3.0},
+        "'gradient_clipping' is 3.0, the config's max_grad_norm 1.0. The config decides",
+    ),
+    "a key of old": (
+        ["--deepspeed", "ds.json"],
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 4}},
+        "'zero_optimization.mics_shard_size' is no key of the installed DeepSpeed. Set \"zero_hpz_partition_size\"",
+    ),
+    "a disk for nothing": (["--deepspeed", "zero2", "offload_directory=/disk"], None, "needs ZeRO-3 with offloading"),
+    "three of one": (["--deepspeed", "zero3_hpz", "hpz_partition_size=3"], None, "does not divide the 1 ranks"),
+    "a size alone": (["hpz_partition_size=2"], None, "hpz_partition_size=2 says how DeepSpeed cuts a model"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_before_data_are_prepared(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    arguments, file, message = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    if file is not None:
+        Path("ds.json").write_text(json.dumps(file))
+    assert run(["train", "internlm2_tiny-sft_full", f"cache_dir={tmp_path}", "--work-dir", "work", *arguments]) == 2
+    out, errors = capfd.readouterr()
+    assert message in errors
+    assert "token ledger" not in out
