@@ -208,7 +208,7 @@ MISTAKES = {
     ),
     "a disk for nothing": (["--deepspeed", "zero2", "offload_directory=/disk"], None, "needs ZeRO-3 with offloading"),
     "three of one": (["--deepspeed", "zero3_hpz", "hpz_partition_size=3"], None, "does not divide the 1 ranks"),
-    "a size alone": (["hpz_partition_size=2"], None, "hpz_partition_size=2 says how DeepSpeed cuts a model"),
+    "a size alone": (["hpz_partition_size=2"], None, "hpz_partition_size=2 says how deepspeed holds a model"),
 }
 
 
