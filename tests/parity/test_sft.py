@@ -232,3 +232,17 @@ def test_the_model_of_a_method_is_found_under_llm():
     llm = make_llama()
     assert SFT(llm).llm is llm
     assert llm.config._attn_implementation == tuner.model.attention.attention_name("sdpa")
+
+
+def test_a_rope_type_that_looks_at_the_longest_document_of_a_pack_is_refused_there_and_right_alone():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    method = SFT(make_llama(rope_parameters=rope, max_position_embeddings=4).double())
+    documents = make_documents()
+    with pytest.raises(UserError, match=r"'dynamic' of LlamaForCausalLM turns every document .*pack = False"):
+        method(**make_batch(documents[:2], 1))
+    ids, labels = max(documents, key=lambda document: len(document[0]))
+    trained = labels != IGNORE_INDEX
+    logits = method.llm(ids[None], use_cache=False).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[trained], labels[trained])
+    loss = method(**make_batch([(ids, labels)], int(trained.sum())))["loss"]
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

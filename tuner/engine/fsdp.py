@@ -41,16 +41,16 @@ class FullyShard(Stepping):
         fsdp: Literal["full", "hybrid"] = "full",
         precision: Literal["bf16", "fp16", "fp32"] = "bf16",
         sequence_parallel_size: int | Mapping[str, int] = 1,
-        accumulate: Literal["whole", "rows"] = "whole",
+        accumulate: Literal["whole", "rows"] = "rows",
         device: str = "auto",
     ) -> None:
         """How weights and gradients are spread; the rest as `Strategy` takes it.
 
         Args:
             fsdp: "full" cuts weights over all ranks; "hybrid" over those of a node, and nodes hold copies.
-            accumulate: how a step's micro-batches add up. "whole": each rank adds its own up and they are exchanged
-                once, for which it holds a whole gradient in fp32. "rows": each is exchanged at once, and ranks hold
-                their rows; in "hybrid" only within a node, nodes exchange once.
+            accumulate: how a step's micro-batches add up. "rows": each is exchanged at once, and ranks hold their rows
+                of the sum; in "hybrid" only within a node, nodes exchange once. "whole": each rank adds its own up and
+                they are exchanged once, for which it holds a whole gradient in fp32 (28 GB of a 7B).
         """
         super().__init__(precision=precision, sequence_parallel_size=sequence_parallel_size, device=device)
         for name, value, known in (("fsdp", fsdp, SHARDINGS), ("accumulate", accumulate, ACCUMULATE)):

@@ -28,7 +28,7 @@ def build_strategy(
         offload_directory: for "zero3_offload", see `Zero`.
         hpz_partition_size: for "zero3_hpz", see `Zero`.
         fsdp: cuts them by torch's FSDP2, over all ranks ("full") or those of a node ("hybrid"), see `FullyShard`.
-        accumulate: for fsdp, see `FullyShard`; None is "whole".
+        accumulate: for fsdp, see `FullyShard`; None is "rows".
         precision, sequence_parallel_size, device: as `Strategy` takes them.
 
     Raises:
@@ -48,7 +48,7 @@ def build_strategy(
         refuse_one_process(fsdp, read_world())  # before data are prepared
         return FullyShard(
             fsdp=fsdp,
-            accumulate=accumulate or "whole",
+            accumulate=accumulate or "rows",
             precision=precision,
             sequence_parallel_size=sequence_parallel_size,
             device=device,

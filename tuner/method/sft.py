@@ -11,7 +11,7 @@ from tuner.constants import IGNORE_INDEX
 from tuner.errors import UserError
 from tuner.method.loss import divisor, linear_cross_entropy
 from tuner.model.attention import check_edges
-from tuner.model.attention_cut import check_whole, cut_attention
+from tuner.model.attention_cut import check_whole, cut_attention, rope_by_longest
 from tuner.parallel.mesh import Mesh
 
 PROBE_LENGTHS = (3, 4)  # documents of the check that SFT runs once
@@ -44,6 +44,7 @@ class SFT(torch.nn.Module):
                 "holds the logits of all trained tokens of a pack: lower max_length if memory is short.",
                 stacklevel=2,
             )
+        self.rope_by_longest = rope_by_longest(llm)
         self.num_parts = 1  # ranks over which a sequence is cut
 
     def cut_sequences(self, mesh: Mesh) -> None:
@@ -79,6 +80,12 @@ class SFT(torch.nn.Module):
             loss_weights: (1, T) float, what each label weighs; None where all weigh 1.
         """
         check_edges(cu_seqlens, max_seqlen, input_ids.shape[1] * self.num_parts)
+        if self.rope_by_longest is not None and len(cu_seqlens) > 2:
+            raise UserError(
+                f"The rope type {self.rope_by_longest!r} of {type(self.llm).__name__} turns every document of a pack "
+                "by the longest one's length, as it never would alone. Set pack = False, or the rope type to "
+                "'linear' or 'yarn' in the model's config.json."
+            )
         batch = {
             "input_ids": input_ids,
             "position_ids": position_ids,

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from tuner.errors import UserError
@@ -34,7 +34,7 @@ def cut_attention(llm: PreTrainedModel, mesh: Mesh) -> None:
     config = llm.config.get_text_config()
     num_heads = config.num_attention_heads
     check_heads(num_heads, getattr(config, "num_key_value_heads", None) or num_heads, mesh.degrees.ulysses)
-    _cut_rotary(llm, config, mesh)
+    _cut_rotary(llm, mesh)
     _check_only_attention_mixes(llm)
     attention = ulysses(ring(packed_attention, mesh.ring), mesh.ulysses)
     name = f"{BACKENDS[backend].name}_ulysses{mesh.degrees.ulysses}_ring{mesh.degrees.ring}"
@@ -64,16 +64,26 @@ def _backend_of(llm: PreTrainedModel) -> str:
     )
 
 
-def _cut_rotary(llm: PreTrainedModel, config: PreTrainedConfig, mesh: Mesh) -> None:
-    """InternLM2's learns which tokens are here; those of transformers that look at a batch's length are refused."""
-    rotary = [module for module in llm.modules() if isinstance(module, InternLM2RotaryEmbedding)]
-    for module in rotary:
-        module.held_tokens = partial(held_tokens, degrees=mesh.degrees, rank=mesh.sequence.rank)
-    parameters = getattr(config, "rope_parameters", None) or {}
+def rope_by_longest(llm: PreTrainedModel) -> str | None:
+    """The rope type of a model that turns every document of a pack by the longest one's length; None for others.
+
+    InternLM2's own goes by each document's length.
+    """
+    if any(isinstance(module, InternLM2RotaryEmbedding) for module in llm.modules()):
+        return None
+    parameters = getattr(llm.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [entry.get("rope_type") for entry in (parameters, *parameters.values()) if isinstance(entry, dict)]
-    if not rotary and (found := [kind for kind in LENGTH_DEPENDENT if kind in kinds]):
+    return next((kind for kind in LENGTH_DEPENDENT if kind in kinds), None)
+
+
+def _cut_rotary(llm: PreTrainedModel, mesh: Mesh) -> None:
+    """InternLM2's learns which tokens are here; those of transformers that look at a batch's length are refused."""
+    for module in llm.modules():
+        if isinstance(module, InternLM2RotaryEmbedding):
+            module.held_tokens = partial(held_tokens, degrees=mesh.degrees, rank=mesh.sequence.rank)
+    if (kind := rope_by_longest(llm)) is not None:
         raise UserError(
-            f"The rope type {found[0]!r} of {type(llm).__name__} depends on the longest sequence of a batch, which a "
+            f"The rope type {kind!r} of {type(llm).__name__} depends on the longest sequence of a batch, which a "
             "rank does not see where sequences are cut. Set it to 'linear' or 'yarn', or use one rank per sequence."
         )
 
