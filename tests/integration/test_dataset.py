@@ -310,6 +310,21 @@ def test_a_full_disk_is_an_error_that_leaves_no_shard(tmp_path, make, monkeypatc
     assert len(make(path)) == 50
 
 
+def test_a_cache_that_may_not_be_entered_is_told_with_a_remedy(tmp_path, make, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", [row(1)])
+    make(path)
+    read_bytes = Path.read_bytes
+
+    def forbidden(file):
+        if file.parent.name == "sources":
+            raise PermissionError(13, "Permission denied", str(file))
+        return read_bytes(file)
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(UserError, match=r"Shards cannot be written to .*sources \(Permission denied\). Set cache_dir"):
+        make(path)
+
+
 RUN_WITH_LIMIT = """
 import resource, signal, sys
 from types import SimpleNamespace

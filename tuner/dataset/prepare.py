@@ -156,7 +156,8 @@ class Preparation:
     def _ingredients(self, file: Path) -> dict[str, Any]:
         """All that the content of a file's shard depends on; the file is read for its digest only if it has changed."""
         place = record_path(self.cache_dir, file)
-        record = read_record(place)
+        with writing(place.parent):
+            record = read_record(place)
         before = record.get("ingredients")
         ingredients = {
             "file content": content_digest(file, record),

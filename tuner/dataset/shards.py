@@ -205,13 +205,14 @@ class Shards:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(documents,) tokens of each document."""
-        return np.concatenate([np.empty(0, np.int64), *(shard.lengths for shard in self._shards)]).astype(np.int64)
+        counts = [shard.lengths for shard in self._shards]
+        return np.concatenate([np.empty(0, np.int64), *counts], dtype=np.int64)
 
     @cached_property
     def num_loss_tokens(self) -> NDArray[np.int64]:
         """(documents,) labels of each document: trained tokens that have a predecessor in it. At least 1."""
         counts = [shard.num_loss_tokens for shard in self._shards]
-        return np.concatenate([np.empty(0, np.int64), *counts]).astype(np.int64)
+        return np.concatenate([np.empty(0, np.int64), *counts], dtype=np.int64)
 
     @cached_property
     def loss_weight(self) -> NDArray[np.float64] | None:
