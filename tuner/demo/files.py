@@ -52,8 +52,13 @@ def resolve(path: str) -> str:
         allowed = ", ".join(PREFIX + known for known in NAMES)
         raise UserError(f"There is no {path!r}: the embedded demo has {allowed}.")
     directory = cache_root() / f"demo-{_fingerprint()}"
-    if not directory.is_dir():
-        _make(directory)
+    try:
+        if not directory.is_dir():
+            _make(directory)
+    except OSError as error:
+        raise UserError(
+            f"The demo's files cannot be kept in {directory} ({error.strerror}). Set TUNER_CACHE to another directory."
+        ) from error
     return str(directory / name)
 
 
