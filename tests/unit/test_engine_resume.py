@@ -157,7 +157,8 @@ def test_a_checkpoint_has_everything_and_no_pickle(tmp_path):
     verify_checkpoint(path)
     names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     assert names >= {
-        "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors", "state.json", "rng-00000.json", "config.py",
+        "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors", "rng-00000.json",
+        "state.json", "config.py",
         "manifest.json", "hf/config.json", "hf/generation_config.json", "hf/tokenizer.json", "hf/template.json",
     }  # fmt: skip
     assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".py"}
