@@ -51,7 +51,7 @@ def test_an_unknown_demo_file_is_named_with_those_that_exist() -> None:
 def test_a_cache_that_cannot_be_is_told_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot be kept in .*file/demo-.* \(Not a directory\). Set TUNER_CACHE to"):
+    with pytest.raises(UserError, match=r"cannot be kept in .*file/demo-.* \(File exists\). Set TUNER_CACHE to"):
         files.resolve("demo:train.jsonl")
 
 
