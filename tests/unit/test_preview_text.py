@@ -123,6 +123,13 @@ def test_a_weight_is_told_where_it_begins(tokenizers, document: DocumentView):
     half = document._replace(weights=[0.5 * weight for weight in document.weights])
     assert draw_document(half, vocabulary, colour=False) == ["is it?⏎", "⟦⟨×0.5⟩it is 😀«<|im_end|>»⟧⏎"]
     assert half.num_trained == document.num_trained
+    first = document.weights.index(1.0)
+    rest = document._replace(
+        weights=[0.5 if place == first else weight for place, weight in enumerate(document.weights)]
+    )
+    assert "".join(draw_document(rest, vocabulary, colour=False)).count("⟨×1⟩") == 1, (
+        "where it is 1 again, this is told"
+    )
 
 
 def test_the_tail_is_drawn_apart(tokenizers, document: DocumentView):

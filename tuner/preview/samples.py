@@ -21,7 +21,7 @@ class Span(NamedTuple):
     weight: float  # in the loss; 0 where nothing is trained
     special: bool
     cut: int | None = None  # the sequence-parallel rank whose part begins here
-    changed: bool = False  # trained with another weight than 1, and than the span before it
+    changed: bool = False  # trained with another weight than the span before it, or than 1 behind what is not trained
 
     @property
     def trained(self) -> bool:
@@ -118,7 +118,8 @@ def spans(document: DocumentView, vocabulary: Vocabulary, pack_cuts: Sequence[in
     weights = document.weights
     changes = {place for place in range(1, len(weights)) if weights[place] != weights[place - 1]}
     for start, end, text, special in groups(document.ids, vocabulary, {*changes, *ranks}):
-        changed = weights[start] not in (0, 1) and (start == 0 or start in changes)
+        before = (weights[start - 1] or 1) if start else 1
+        changed = start in {0, *changes} and weights[start] not in (0, before)
         yield Span(text, tuple(document.ids[start:end]), start, weights[start], special, ranks.get(start), changed)
 
 
