@@ -54,8 +54,8 @@ class Case(NamedTuple):
     deepspeed: str
     optimizer: dict[str, Any] = GRADIENT
     trained: str = "every token"
-    num_packs: int = 8  # of the step
-    num_accumulation_steps: int = 4
+    num_packs: int = 4  # of the step
+    num_accumulation_steps: int = 2
     model: str = "untied"
     change: Callable[[SFT], None] | None = None
     sequence_parallel: int = 1
@@ -71,7 +71,7 @@ class Case(NamedTuple):
 STAGES = ("zero1", "zero2", "zero3")
 TWO_RANKS = [
     *(Case(stage) for stage in STAGES),
-    *(Case(stage, ADAMW, num_packs=7) for stage in STAGES),  # one micro-batch has no documents; clipped
+    *(Case(stage, ADAMW, num_packs=3) for stage in STAGES),  # one micro-batch has no documents; clipped
     Case("zero3", trained="one token of the step"),
 ]
 MORE = [
@@ -80,7 +80,7 @@ MORE = [
     *(Case(stage, ADAMW, model="tied", change=checkpointing) for stage in STAGES),
     *(Case(stage, ADAMW, change=freezing) for stage in STAGES),
     *(Case(preset, ADAMW) for preset in ("zero2_offload", "zero3_offload")),
-    *(Case(stage, num_accumulation_steps=8, sequence_parallel=2) for stage in STAGES),
+    *(Case(stage, num_accumulation_steps=4, sequence_parallel=2) for stage in STAGES),
 ]
 
 
@@ -173,7 +173,10 @@ def test_so_they_do_with_checkpointing_frozen_weights_offload_and_cut_sequences(
         assert_same(found, MORE)
 
 
-FOUR_RANKS = [Case("zero3", ADAMW, num_packs=7, sequence_parallel=2), Case("zero3_hpz", ADAMW)]
+FOUR_RANKS = [
+    Case("zero3", ADAMW, num_packs=3, sequence_parallel=2),
+    Case("zero3_hpz", ADAMW, num_accumulation_steps=1),
+]
 
 
 def test_four_ranks_in_two_sequences_or_two_nodes_make_the_step_of_one_process():
@@ -232,12 +235,12 @@ def overflow(stage: str) -> tuple[list[bool], list[float], bool]:
     case = Case(stage, ADAMW)
     strategy = on_all_ranks(case, precision="fp16")
     train(strategy, case, 0)
-    strategy.optimizer.loss_scaler.cur_scale = 2.0**40
+    strategy.optimizer.loss_scaler.cur_scale = 2.0**22
     before, skipped, scales = weights_of(strategy), [], []
     batches = StepOfDocuments(case.trained, 2).batches(one_pack_each(), 1)
     skipped.append(strategy.train_step(batches).skipped)
     after = weights_of(strategy)
-    for _ in range(40):
+    for _ in range(12):
         scales.append(strategy.optimizer.loss_scaler.cur_scale)
         skipped.append(strategy.train_step(batches).skipped)
     strategy.engine.destroy()
@@ -245,10 +248,10 @@ def overflow(stage: str) -> tuple[list[bool], list[float], bool]:
 
 
 def compute_in_halves(stage: str) -> dict[str, Any]:
-    """In bf16: the dtypes at work, and the losses of 30 steps."""
+    """In bf16: the dtypes at work, and the losses of some steps."""
     case = Case(stage, ADAMW, change=note_dtypes)
     strategy = on_all_ranks(case, precision="bf16")
-    results = train(strategy, case, 30)
+    results = train(strategy, case, 12)
     seen = strategy.model.seen
     state = strategy.tensors.whole(strategy.model.llm.get_decoder().norm.weight, "exp_avg_sq")
     parts = {flat.dtype for flat in strategy.tensors.partitions()}
@@ -292,9 +295,9 @@ def test_fp16_halves_its_scale_where_the_gradient_overflows(found, stage):
     for skipped, scales, unmoved in (rank["overflow"][stage] for rank in found):
         assert skipped[0]
         assert unmoved
-        assert scales[0] == 2.0**39
+        assert scales[0] == 2.0**21
         assert not skipped[-1]
-        assert scales[-1] == 2.0 ** (40 - sum(skipped))
+        assert scales[-1] == 2.0 ** (22 - sum(skipped))
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
@@ -302,12 +305,12 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights_and_state(found, stage):
     for seen in (rank["halves"][stage] for rank in found):
         assert seen["activations"] == {torch.bfloat16}
         assert seen["masters"] == {seen["state"]} == {torch.float32}
-        assert seen["losses"][-1] < 0.8 * seen["losses"][0]
+        assert seen["losses"][-1] < 0.97 * seen["losses"][0]
 
 
 def take_in(directory: str, precision: str, sequence_parallel: int) -> tuple[dict[str, bool], float, list[str]]:
     """Of a model in a directory: which weights are what the files hold, how far a step is off, what stayed whole."""
-    case = Case("zero3", num_accumulation_steps=4 * sequence_parallel, sequence_parallel=sequence_parallel)
+    case = Case("zero3", num_accumulation_steps=2 * sequence_parallel, sequence_parallel=sequence_parallel)
     strategy = on_all_ranks(case, precision=precision)
     method = SFT(build_llm(directory, attention="sdpa", hold=strategy.holder()))
     whole = [name for name, parameter in method.llm.named_parameters() if parameter.numel()]

@@ -30,7 +30,8 @@ from tuner.train import build_runner, prepare
 pytest.importorskip("deepspeed")
 
 HALF, END = 2, 4  # steps
-RUNS = {"zero1": "fp32", "zero2": "bf16", "zero3": "fp32", "zero3_offload": "bf16"}  # and the precision of each
+RUNS = {"zero1": "fp32", "zero2": "bf16", "zero3": "fp32"}  # and the precision of each
+OFFLOADED = {"zero2_offload": "fp32", "zero3_offload": "bf16"}
 SIZES = InternLM2Config(
     vocab_size=8192, hidden_size=36, intermediate_size=71, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1,
@@ -56,7 +57,7 @@ def settings_of(directory: Path, **others: Any) -> dict[str, Any]:
         "model_path": str(directory / "model"), "weights": "pretrained", "data_path": str(directory / "rows.jsonl"),
         "data_format": "openai", "cache_dir": str(directory / "cache"), "max_length": 128, "pack": False,
         "num_accumulation_steps": 2, "num_epochs": 1, "max_steps": END, "precision": "fp32", "lr": 1e-3,
-        "gradient_checkpointing": True, "save_interval": HALF, "sample_interval": 4, "keep_checkpoints": None,
+        "gradient_checkpointing": True, "save_interval": HALF, "sample_interval": 0, "keep_checkpoints": None,
         "sample_prompts": ["What is 1 plus 1?"],
     } | others  # fmt: skip
 
@@ -93,11 +94,16 @@ def save_what_was_read(directory: Path, name: str, checkpoint: Path, deepspeed: 
     runner.strategy.save_checkpoint(directory / name)
 
 
-def train_all(directory: Path) -> None:
-    for deepspeed, precision in RUNS.items():
-        build(directory, deepspeed, None, deepspeed=deepspeed, precision=precision).train()
+def train_and_resume(directory: Path, runs: dict[str, str]) -> None:
+    for deepspeed, precision in runs.items():
+        sampling = {"sample_interval": END if deepspeed == "zero3" else 0}  # slow: weights come for every token
+        build(directory, deepspeed, None, deepspeed=deepspeed, precision=precision, **sampling).train()
         half = checkpoint_of(directory, deepspeed, HALF)
         build(directory, f"{deepspeed}_again", half, deepspeed=deepspeed, precision=precision).train()
+
+
+def train_all(directory: Path) -> None:
+    train_and_resume(directory, RUNS)
     build(directory, "crossed", checkpoint_of(directory, "zero3", HALF), deepspeed="zero1").train()
     save_what_was_read(directory, "from_3_to_2", checkpoint_of(directory, "zero3", HALF), "zero2")
     save_what_was_read(directory, "from_1_to_3", checkpoint_of(directory, "zero1", HALF), "zero3")
@@ -128,7 +134,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained: Path, deeps
     assert_equal(end, checkpoint_of(trained, f"{deepspeed}_again", END))
     assert len(list(end.glob("model-*.safetensors"))) == 2, "each rank writes its share"
     assert {tensor.dtype for tensor in tensors_in(end).values()} == {torch.float32}
-    assert (trained / deepspeed / "samples.jsonl").read_text().count("\n") == 1
+
+
+def test_all_ranks_gather_the_weights_for_a_sampled_reply(trained: Path):
+    assert (trained / "zero3" / "samples.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.slow
+def test_so_is_one_whose_optimizer_is_on_the_cpu(tmp_path: Path):
+    write_inputs(tmp_path)
+    run_on_ranks(2, train_and_resume, tmp_path, OFFLOADED)
+    for deepspeed in OFFLOADED:
+        assert_equal(checkpoint_of(tmp_path, deepspeed, END), checkpoint_of(tmp_path, f"{deepspeed}_again", END))
 
 
 @pytest.mark.parametrize(("name", "source"), [("from_3_to_2", "zero3"), ("from_1_to_3", "zero1")])
