@@ -143,6 +143,16 @@ def test_no_alarm_while_one_saves_or_samples_for_longer_than_the_timeout(ranks: 
     assert '"checkpoint"' not in ranks.watches[0].store.get("beat_0").decode()
 
 
+def test_a_job_that_was_suspended_has_its_time_anew(ranks: Ranks):
+    one = ranks.watches[0]
+    ranks.progress[0].enter(DATA, step=2)
+    one._changed = {rank: (seen(8 - rank).beat, time.monotonic()) for rank in range(2)}
+    time.sleep(0.7)
+    assert one._find() is not None
+    one._woken = time.monotonic()
+    assert one._find() is None
+
+
 def test_a_store_that_hangs_ends_the_wait_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     is_over = threading.Event()
     hanging = SimpleNamespace(set=lambda key, value: is_over.wait(20), check=lambda keys: False)

@@ -28,9 +28,10 @@ CHARTED = (
     *("memory_bytes", "imbalance", "data_seconds", "wait_seconds", "least_wait_seconds"),
 )
 RANK_COLUMNS = (
-    "over ranks: data = longest wait for data / step; waits = mean time in which a training thread computed nothing "
-    "(others were slower, or their tensors under way, or another process had its core) / step, the least of a rank in "
-    "brackets, '-' on GPUs, where no clock tells; imbalance = largest sum of squared document lengths / mean"
+    "over ranks: data = longest wait for data; waits = mean time since the sums of the step before in which a thread "
+    "that trains computed nothing (others were slower, or their tensors under way, or another process had its core), "
+    "in brackets that of the busiest rank, '-' on GPUs, where no clock tells; imbalance = largest sum of squared "
+    "document lengths / mean"
 )
 
 
@@ -172,13 +173,12 @@ def line(row: dict[str, Any], num_ranks: int) -> str:
 
 def rank_columns(row: dict[str, Any]) -> list[str]:
     """How the ranks of a step fared beside each other."""
-    data, waits, least = (
-        share(None if row[name] is None else row[name] / row["step_seconds"])
-        for name in ("data_seconds", "wait_seconds", "least_wait_seconds")
+    waits, least = (
+        "-" if row[name] is None else f"{row[name]:.2f} s" for name in ("wait_seconds", "least_wait_seconds")
     )
     return [
         f"(rank {row['memory_rank']})",
-        f"data {data}",
+        f"data {row['data_seconds']:.2f} s",
         f"waits {waits} ({least})",
         f"imbalance {row['imbalance']:.2f}",
     ]

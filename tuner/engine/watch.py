@@ -126,6 +126,7 @@ class Watch:
         self._changed: dict[int, tuple[Beat | None, float]] = {}  # the others' last beats, and when those came
         self._answered = time.monotonic()  # when the store last did
         self._lengthened: set[dist.ProcessGroup] = set()
+        self._woken = 0.0  # when this process went on after it had been stopped
 
     def start(self) -> None:
         """Begin."""
@@ -156,7 +157,12 @@ class Watch:
                 return  # and judge by that
 
     def _judge(self) -> None:
+        seen = time.monotonic()
         while not self._ended.wait(self.patience.between_beats):
+            now = time.monotonic()
+            if now - seen > self.patience.silence:
+                self._woken = now  # a suspended job goes on: nobody was late meanwhile
+            seen = now
             lost = self._find()
             if lost is not None:
                 end(LostRankError(self._message(lost)))
@@ -169,7 +175,7 @@ class Watch:
             self._lengthened.add(group)
 
     def _waited(self) -> float:
-        return time.monotonic() - self.progress.place.since
+        return time.monotonic() - max(self.progress.place.since, self._woken)
 
     def _beat(self, *, has_left: bool = False) -> None:
         self._turn += 1
@@ -191,13 +197,12 @@ class Watch:
     def _find(self) -> Lost | None:
         now, changed = time.monotonic(), dict(self._changed)
         waited = self._waited()
-        if waited > self.patience.timeout and now - self._answered > self.patience.silence:
-            return Lost(
-                [], "The store of the first node, where ranks find each other, does not answer", live=False
-            )
+        if waited > self.patience.timeout and now - max(self._answered, self._woken) > self.patience.silence:
+            return Lost([], "The store of the first node, where ranks find each other, does not answer", live=False)
         if len(changed) < self.world.size:
             return None  # not asked yet
-        return find_lost({rank: Seen(beat, now - at) for rank, (beat, at) in changed.items()}, waited, self.patience)
+        seen = {rank: Seen(beat, now - max(at, self._woken)) for rank, (beat, at) in changed.items()}
+        return find_lost(seen, waited, self.patience)
 
     def _message(self, lost: Lost) -> str:
         """Who is lost, where, with which documents, and who says so."""
