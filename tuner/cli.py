@@ -1,5 +1,6 @@
 """The command line: presets, training, conversion and chat; whatever is heavy is imported inside the commands."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -37,6 +38,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 def main() -> None:
     """Entry point of the `tuner` command."""
+    # transformers imports DeepSpeed wherever it is installed, and that warns of a missing GPU before every command
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     sys.path.insert(0, "")  # as `python -m` does: a config may import a function that lies beside it
     sys.exit(run(sys.argv[1:]))
 
