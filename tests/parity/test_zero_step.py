@@ -179,6 +179,7 @@ FOUR_RANKS = [
 ]
 
 
+@pytest.mark.slow
 def test_four_ranks_in_two_sequences_or_two_nodes_make_the_step_of_one_process():
     for found in run_on_ranks(4, compare_all, FOUR_RANKS):
         assert_same(found, FOUR_RANKS)
