@@ -121,6 +121,7 @@ def test_a_restarted_run_goes_on_from_its_checkpoint(config: Path, tmp_path: Pat
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("config")
 def test_a_stopped_rank_is_named_and_a_slow_one_is_not(tmp_path: Path, capfd: pytest.CaptureFixture):
     hook = "\nfrom users_code import SlowThenStopped\ncustom_hooks = [*custom_hooks, dict(type=SlowThenStopped)]\n"

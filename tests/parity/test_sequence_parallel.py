@@ -175,6 +175,7 @@ def test_every_placement_gives_the_loss_and_the_gradients_of_one_process(degrees
     assert_within(found, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", DEGREES, ids=IDS)
 def test_in_fp32_the_difference_is_rounding(degrees):
     assert_within(run_on_ranks(degrees.size, compare_models, degrees, torch.float32, False)[0], 1e-5)

@@ -335,6 +335,7 @@ def take_in_all(directory: str) -> dict[tuple[str, int], Any]:
     return {key: take_in(directory, *key) for key in (("fp32", 1), ("fp32", 2), ("bf16", 1))}
 
 
+@pytest.mark.slow
 def test_weights_are_taken_one_by_one_and_none_is_rounded(tmp_path):
     make_method(Case("zero3")).llm.save_pretrained(tmp_path)
     for rank in run_on_ranks(2, take_in_all, str(tmp_path)):
