@@ -71,6 +71,7 @@ def train_as_a_rank(path: Path, work_dir: Path) -> None:
     build_runner(config, prepared, source, settings, work_dir=work_dir).train()
 
 
+@pytest.mark.slow
 def test_a_run_over_two_ranks_goes_on_as_if_never_stopped_also_on_one_and_is_converted(config: Path):
     whole = Path("whole").resolve()
     spread = config.with_name("spread.py")

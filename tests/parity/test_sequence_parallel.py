@@ -223,6 +223,7 @@ def setattr_(name: str, value: Any, method: SFT) -> None:
     setattr(method, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", DEGREES, ids=IDS)
 def test_with_checkpointing_weights_own_heads_and_accumulation(degrees):
     for found in run_on_ranks(degrees.size, compare_variants, degrees):
