@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -70,6 +72,8 @@ def note(error: Exception, environment: Mapping[str, str] = os.environ) -> bool:
     another rank of its node was first. Call it before closing the connections whose end is an echo on other ranks.
     """
     if (directory := environment.get(LAUNCH_DIR)) is not None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher ends ranks by it; this one is ending already
         write_failure(Path(directory), _failure(error, int(environment["RANK"])))
         return False
     claims = _claims(environment)
