@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
-from test_one_gradient import SIZES, StepOfDocuments
+from test_fully_shard import MODELS, checkpoint, freeze
+from test_one_gradient import StepOfDocuments
 from torch.optim import SGD, AdamW
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from tuner.dataset.sampler import StepPlan, StepSampler
 from tuner.engine.replicated import Replicated
@@ -21,31 +22,13 @@ from tuner.engine.zero import Zero
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
 from tuner.model.hollow import StoredWeights
-from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.parallel.mesh import build_mesh
 
 pytest.importorskip("deepspeed")
 
-MODELS = {
-    "untied": lambda: InternLM2Config(**SIZES),
-    "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
-}
 GRADIENT = {"type": SGD, "lr": 1.0}  # which subtracts the gradient itself
 # an eps far above rounding: else Adam makes a whole update out of the rounding of a gradient that is zero
 ADAMW = {"type": AdamW, "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
-
-
-def checkpointing(method: SFT) -> None:
-    method.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def freezing(method: SFT) -> None:
-    """The embedding, the first layer, and half of the second."""
-    method.llm.get_input_embeddings().requires_grad_(False)
-    first, second = method.llm.get_decoder().layers
-    first.requires_grad_(False)
-    for parameter in list(second.parameters())[::2]:
-        parameter.requires_grad_(False)
 
 
 class Case(NamedTuple):
@@ -77,8 +60,8 @@ TWO_RANKS = [
 MORE = [
     Case("zero2", num_packs=1, num_accumulation_steps=1),  # a rank has none
     Case("zero3", num_packs=1, num_accumulation_steps=1),
-    *(Case(stage, ADAMW, model="tied", change=checkpointing) for stage in STAGES),
-    *(Case(stage, ADAMW, change=freezing) for stage in STAGES),
+    *(Case(stage, ADAMW, model="tied", change=checkpoint) for stage in STAGES),
+    *(Case(stage, ADAMW, change=freeze) for stage in STAGES),
     *(Case(preset, ADAMW) for preset in ("zero2_offload", "zero3_offload")),
     *(Case(stage, num_accumulation_steps=4, sequence_parallel=2) for stage in STAGES),
 ]

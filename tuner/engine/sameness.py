@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch.distributed as dist
-
 import tuner
 from tuner.dataset.build import PackedDataset, StreamedDataset
+from tuner.engine.together import gather_objects
 from tuner.engine.world import World, in_ranges
 from tuner.errors import UserError
 
@@ -62,8 +61,7 @@ def compare_ranks(world: World, facts: Mapping[str, str]) -> None:
     """
     if world.size == 1:
         return
-    gathered: list[tuple[str, dict[str, str]]] = [("", {})] * world.size
-    dist.all_gather_object(gathered, (socket.gethostname(), dict(facts)))
+    gathered = gather_objects((socket.gethostname(), dict(facts)), world)
     problems = differences([host for host, _ in gathered], [facts for _, facts in gathered])
     if problems:
         raise UserError(

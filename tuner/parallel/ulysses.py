@@ -16,6 +16,7 @@ from tuner.parallel.ranks import Ranks
 # `packed_attention`, and what wraps it: (query, key, value, cu_seqlens, max_seqlen, *, scale, window, backend), where
 # cu_seqlens and max_seqlen are of the whole sequence; (1, H, T, D) and (1, K, T, D) twice -> (1, H, T, D)
 Attention = Callable[..., torch.Tensor]
+Move = Callable[[Sequence[torch.Tensor], Ranks], tuple[torch.Tensor, ...]]
 
 
 def ulysses(attention: Attention, ranks: Ranks) -> Attention:
@@ -38,9 +39,9 @@ def ulysses(attention: Attention, ranks: Ranks) -> Attention:
         check_shapes(query, key, ranks)
         copies = max(1, ranks.size // key.shape[1])
         key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
-        query, key, value = _ToHeads.apply(ranks, query, key, value)  # (1, H/n, T, D)
+        query, key, value = _Exchange.apply(ranks, to_heads, to_tokens, query, key, value)  # (1, H/n, T, D)
         output = attention(query, key, value, *edges, **options)
-        return _ToTokens.apply(ranks, output)[0]
+        return _Exchange.apply(ranks, to_tokens, to_heads, output)[0]
 
     return attend
 
@@ -64,36 +65,20 @@ def check_shapes(query: torch.Tensor, key: torch.Tensor, ranks: Ranks) -> None:
     check_heads(query.shape[1], key.shape[1], ranks.size)
 
 
-class _ToHeads(torch.autograd.Function):
-    """Tensors (1, h, T/n, D) -> (1, h/n, T, D); its backward is `_ToTokens`."""
+class _Exchange(torch.autograd.Function):
+    """Tensors through `there`, in one exchange; their gradients through `back`, its inverse, in another."""
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """In one exchange."""
-        ctx.ranks = ranks
-        return to_heads(parts, ranks)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """In one exchange."""
-        return None, *to_tokens(grads, ctx.ranks)
-
-
-class _ToTokens(torch.autograd.Function):
-    """Tensors (1, h/n, T, D) -> (1, h, T/n, D); its backward is `_ToHeads`."""
-
-    @staticmethod
-    def forward(ctx: Any, ranks: Ranks, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """In one exchange."""
-        ctx.ranks = ranks
-        return to_tokens(parts, ranks)
+    def forward(ctx: Any, ranks: Ranks, there: Move, back: Move, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`to_heads` or `to_tokens` of the parts."""
+        ctx.ranks, ctx.back = ranks, back
+        return there(parts, ranks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """In one exchange."""
-        return None, *to_heads(grads, ctx.ranks)
+        """The other of the two."""
+        return None, None, None, *ctx.back(grads, ctx.ranks)
 
 
 def to_heads(parts: Sequence[torch.Tensor], ranks: Ranks) -> tuple[torch.Tensor, ...]:

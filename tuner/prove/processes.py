@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -28,17 +28,29 @@ class Answer(NamedTuple):
     trace: str | None = None
 
 
-def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+class ProcessError(RuntimeError):
+    """A process failed in another way than by a user's mistake."""
+
+    def __init__(self, rank: int, trace: str) -> None:
+        super().__init__(f"process {rank} failed: {trace.strip().splitlines()[-1]}\n{trace}")
+        self.rank, self.trace = rank, trace
+
+
+def on_ranks(
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300, preload: Sequence[str] = ()
+) -> list[Any]:
     """`function(*args)` in each of `num_ranks` new processes of one gloo group; what each returns, by rank.
 
-    The function and its arguments are pickled. All processes are forks of one that has done the imports.
+    The function and its arguments are pickled. All processes are forks of one that has imported the function's module
+    and those of `preload`; it finds what is installed, nothing that only this process's `sys.path` knows.
 
     Raises:
         UserError: a rank raised one; its message.
-        RuntimeError: a rank failed in another way, or does not answer; the one that failed first.
+        ProcessError: a rank failed in another way; the one that failed first.
+        RuntimeError: a rank does not answer.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([function.__module__, *preload])
     with tempfile.TemporaryDirectory(prefix="tuner-prove-") as directory:
         pipes, processes = {}, []
         try:
@@ -102,9 +114,7 @@ def _raise_first(answers: dict[int, Answer]) -> None:
     rank = min(failed)[1]
     if (mistake := answers[rank].mistake) is not None:
         raise UserError(mistake)
-    raise RuntimeError(
-        f"process {rank} failed: {str(answers[rank].trace).strip().splitlines()[-1]}\n{answers[rank].trace}"
-    )
+    raise ProcessError(rank, str(answers[rank].trace))
 
 
 def _receive(pipe: Connection) -> Answer:
