@@ -1,6 +1,7 @@
 """What all tests share: seeds, one thread, and the optional real data."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import settings
+
+# A shell that starts the tests in the background lets every process ignore SIGINT for good, and so
+# do the children; the tests that interrupt a child would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("fast", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("fast")
