@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,3 +36,14 @@ def tuner_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own for a test that must not see the user's."""
     monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def more_template_processes():
+    """Sixteen where users have two: tests go through one template after the other, and each start takes seconds."""
+    from tuner.dataset import jinja_template
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(jinja_template, "_start", lru_cache(maxsize=16)(jinja_template._start.__wrapped__))
+    yield
+    patch.undo()
