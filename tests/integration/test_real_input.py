@@ -19,7 +19,7 @@ from tuner.train import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-NUM_ROWS = 24  # of each language
+NUM_ROWS = 12  # of each language
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run(shared_data, tmp_path_factory):
         "max_length": 1024,
         "num_accumulation_steps": 1,
         "num_epochs": 2,
-        "lr": 1e-2,
+        "lr": 2e-2,
         "precision": "fp32",
         "gradient_checkpointing": False,
         "sample_interval": 0,

@@ -102,7 +102,8 @@ def test_the_published_vectors_hold(hub: Path):
     assert all(tokenizer.decode(ids) == text for text, ids in VECTORS.items())
 
 
-def test_a_million_real_tokens_equal_sentencepiece(hub: Path, shared_data: Path):
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 8])
+def test_a_million_real_tokens_equal_sentencepiece(hub: Path, shared_data: Path, every: int):
     def chunks(path: str, size: int, count: int) -> list[str]:
         text = (shared_data / path).read_text(encoding="utf-8")
         return [text[start : start + size] for start in range(0, len(text), size)][:count]
@@ -118,8 +119,8 @@ def test_a_million_real_tokens_equal_sentencepiece(hub: Path, shared_data: Path)
     alphabet = [piece.replace("▁", " ") for piece in pieces[3:-147] if piece != "\0"]
     texts += random_texts(6000, [*alphabet, *EMOJI, *CONTROLS], 5) + random_unicode(2500, 6)
     texts += random_texts(4000, [piece for piece in alphabet if len(piece) < 4 and not piece.isalnum()], 7)
-    num_tokens = compare(InternLM2Tokenizer.from_pretrained(hub), hub / "tokenizer.model", texts)
-    assert num_tokens > 1_000_000
+    num_tokens = compare(InternLM2Tokenizer.from_pretrained(hub), hub / "tokenizer.model", texts[::every])
+    assert num_tokens > 1_000_000 / every
 
 
 @pytest.mark.slow
