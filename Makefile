@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint benchmarks clean
+.PHONY: install demo test test-slow test-faults lint benchmarks clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,9 @@ test: lint
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+test-faults: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m faults -n 2 --dist worksteal --durations 10
 
 benchmarks: install
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
