@@ -21,6 +21,7 @@ setup(
         "transformers>=5.10,<6",
         "mmengine>=0.10.7,<0.11",
         "tokenizers>=0.22",
+        "peft>=0.17",
         "safetensors>=0.5",
         "numpy>=1.26",
         "click>=8.1",
@@ -34,8 +35,9 @@ setup(
         "data": ["datasets>=3", "pyarrow>=15"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         "flash": ["flash-attn>=2.7"],
+        "qlora": ["bitsandbytes>=0.48"],
         "dev": [
-            "deepspeed>=0.19.8,<0.20",
+            *("deepspeed>=0.19.8,<0.20", "bitsandbytes>=0.48"),
             *("datasets>=3", "pyarrow>=15", "hypothesis>=6.100"),
             *("pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.15"),
         ],
