@@ -1,15 +1,24 @@
 """Run a function on several gloo processes of this machine, as a test does."""
 
+import gc
+import multiprocessing
 import os
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tuner.prove.processes import ProcessError, on_ranks
 
-PRELOAD = ("torch.distributed", "tuner.method.sft", "tuner.prove.processes")
+PRELOAD = ("tuner.prove.spread_step", "tuner.prove.processes", "tuner.engine.fsdp")
+PRELOAD_ZERO = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "tuner.train")
+"""what a run under DeepSpeed imports; the optimizer, which nobody asked for, brings torch's compiler with it"""
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # these ranks talk through gloo, also where there is a GPU
 
 
 class RankError(AssertionError):
@@ -25,17 +34,34 @@ def run_on_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float 
     Raises:
         RankError: with the traceback of the rank that failed first; what others say because of it is left out.
     """
+    start_server()
     test = (dict(os.environ), function, args)
     try:
-        return on_ranks(num_ranks, _as_in_this_test, *test, timeout=timeout, preload=PRELOAD)
+        return on_ranks(num_ranks, _as_in_this_test, *test, timeout=timeout)
     except ProcessError as error:
         raise RankError(f"rank {error.rank} failed:\n{error.trace}") from None
     except RuntimeError as error:
         raise RankError(str(error)) from None
 
 
+def by_turns(function: Callable[[Any], Any], items: Iterable[Any]) -> dict[Any, Any]:
+    """`function` of each item, computed by one rank and told to all: for references that need no other rank."""
+    own = list(dict.fromkeys(items))[dist.get_rank() :: dist.get_world_size()]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {item: function(item) for item in own})
+    return {item: found for part in parts for item, found in part.items()}
+
+
+def start_server() -> None:
+    """The process of which all ranks are forks: once, with what the collected tests import on them."""
+    needs_zero = "tuner.engine.zero" in sys.modules
+    multiprocessing.set_forkserver_preload([*PRELOAD, *(PRELOAD_ZERO if needs_zero else ())])
+    forkserver.ensure_running()
+
+
 def _as_in_this_test(environment: dict[str, str], function: Callable, args: tuple) -> Any:
     """In the environment of the test, on one thread; whatever ends it is told with its traceback."""
+    gc.freeze()  # what is imported stays; DeepSpeed collects garbage at every start
     os.environ.update(environment)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
