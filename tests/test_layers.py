@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # top first; modules in one tuple are siblings
     ("cli",),
+    ("conversions",),
     ("arguments",),
     ("launch",),
     ("train", "prepare", "chat", "convert", "evaluate", "preview", "lint", "prove"),

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
@@ -21,15 +21,10 @@ from tuner.arguments import (
     gather,
     launch_options,
 )
+from tuner.conversions import convert_group
 from tuner.errors import UserError
 from tuner.failures import EXIT_INTERRUPTED, exit_code, tell
 
-DTYPES: dict[str, Literal["auto", "float32", "bfloat16", "float16"]] = {
-    "auto": "auto",
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-}
 LIST_FOOTER = """
 CONTEXT is the tokens of a pack. STATE is the memory of weights, gradients and Adam; activations come on top.
 `tuner train PRESET --nproc N` trains on N processes, each with the whole STATE; --deepspeed zero3 divides it by N."""
@@ -266,22 +261,7 @@ def lint_command(data: tuple[str, ...], **options: Any) -> int:
     return lint(data, **options)
 
 
-@cli.command("convert")
-@click.argument("checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT|WORK_DIR")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    default="auto",
-    show_default=True,
-    help="Of the written weights; auto keeps that of the checkpoint.",
-)
-@debug_option
-def convert_command(checkpoint: Path, out: Path, dtype: str) -> None:
-    """Write a trained model to OUT as a Hugging Face directory."""
-    from tuner.convert.to_hf import convert
-
-    click.echo(convert(checkpoint, out, dtype=DTYPES[dtype]))
+cli.add_command(convert_group)
 
 
 @cli.command("chat")
