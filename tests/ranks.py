@@ -46,9 +46,10 @@ def run_on_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float 
 
 def by_turns(function: Callable[[Any], Any], items: Iterable[Any]) -> dict[Any, Any]:
     """`function` of each item, computed by one rank and told to all: for references that need no other rank."""
-    own = list(dict.fromkeys(items))[dist.get_rank() :: dist.get_world_size()]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {item: function(item) for item in own})
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts: list[Any] = [{item: function(item) for item in list(dict.fromkeys(items))[rank::num_ranks]}] * num_ranks
+    if num_ranks > 1:
+        dist.all_gather_object(parts, parts[rank])
     return {item: found for part in parts for item, found in part.items()}
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import by_turns, run_on_ranks
 from torch.optim import SGD
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +41,7 @@ TRAINED = {
     "one token of the step": lambda document, place, length: (document, place) == (5, 1),
 }
 NUM_PACKS = 8  # of the step, whoever takes them
+mesh_of = cache(build_mesh)
 
 
 class Case(NamedTuple):
@@ -102,7 +104,7 @@ def gradients_of_a_step(case: Case, trained: str, dtype: torch.dtype) -> tuple[S
     """What the optimizer is given."""
     rank = dist.get_rank() if case.num_ranks > 1 else 0
     strategy = Replicated(precision="fp32", sequence_parallel_size=case.sequence_parallel, device="cpu")
-    strategy.place(World(rank, case.num_ranks, rank, case.num_ranks), build_mesh(strategy.degrees))
+    strategy.place(World(rank, case.num_ranks, rank, case.num_ranks), mesh_of(strategy.degrees))
     num_parts, method = strategy.degrees.size, make_method(dtype)
     if num_parts > 1:
         method.cut_sequences(strategy.mesh)
@@ -142,35 +144,74 @@ def by_definition(trained: str) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: parameter.grad for name, parameter in method.named_parameters()}
 
 
-def differences(cases: Sequence[Case], dtype: torch.dtype, placements: int) -> dict[tuple[str, str], float]:
-    """The largest relative difference of the loss or of a parameter's gradient.
+class Found(NamedTuple):
+    """The largest relative difference of the loss or of a parameter's gradient, by case and by what is trained."""
 
-    Each case has some of the placements of trained tokens, by turns, and all together have each of them.
-    """
-    found = {}
-    for turn, trained in enumerate(TRAINED):
-        loss, expected = by_definition(trained)
-        for case in [case for number, case in enumerate(cases) if (number + turn) % len(TRAINED) < placements]:
-            result, gradients = gradients_of_a_step(case, trained, dtype)
-            apart = [abs(result.loss / loss - 1)]
-            for name, gradient in expected.items():
-                apart.append(((gradients[name].double() - gradient).abs().max() / gradient.abs().max()).item())
-            found[str(case), trained] = max(apart)
-            assert result.num_tokens >= 365, "tokens of all ranks are counted, each once"
-            assert result.num_loss_tokens == StepOfDocuments(trained, 1).num_loss_tokens.sum()
+    exact: dict[tuple[str, str], float]  # in float64
+    single: dict[tuple[str, str], float]  # in float32
+
+
+def compare_both(cases: Sequence[Case], placements: int) -> Found:
+    """Each case with some of the placements of trained tokens, by turns, so that all together have each of them."""
+    places, expected = list(TRAINED), by_turns(by_definition, TRAINED)
+    found = Found({}, {})
+    for number, case in enumerate(cases):
+        for turn in range(placements):
+            for of_dtype, dtype, shift in ((found.exact, torch.float64, 0), (found.single, torch.float32, 1)):
+                trained = places[(number + turn + shift) % len(places)]
+                of_dtype[str(case), trained] = difference(case, trained, dtype, *expected[trained])
     return found
 
 
-def compare_both(cases: Sequence[Case]) -> dict[torch.dtype, dict[tuple[str, str], float]]:
-    return {dtype: differences(cases, dtype, number) for dtype, number in ((torch.float64, 2), (torch.float32, 1))}
+def difference(case: Case, trained: str, dtype: torch.dtype, loss: float, expected: dict[str, torch.Tensor]) -> float:
+    result, gradients = gradients_of_a_step(case, trained, dtype)
+    apart = [abs(result.loss / loss - 1)]
+    for name, gradient in expected.items():
+        apart.append(((gradients[name].double() - gradient).abs().max() / gradient.abs().max()).item())
+    assert result.num_tokens >= 365, "tokens of all ranks are counted, each once"
+    assert result.num_loss_tokens == StepOfDocuments(trained, 1).num_loss_tokens.sum()
+    return max(apart)
 
 
-@pytest.mark.parametrize("cases", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
-def test_a_step_is_the_sum_over_its_documents_wherever_they_lie(cases: list[Case]):
-    num_ranks = cases[0].num_ranks
-    for found in run_on_ranks(num_ranks, compare_both, cases) if num_ranks > 1 else [compare_both(cases)]:
-        assert {case: apart for case, apart in found[torch.float64].items() if apart > 1e-12} == {}
-        assert {case: apart for case, apart in found[torch.float32].items() if apart > 1e-5} == {}
+def assert_same(ranks: Sequence[Found], cases: Sequence[Case], placements: int) -> None:
+    for found in ranks:
+        assert len(found.exact) == len(found.single) == len(cases) * placements
+        assert {case: apart for case, apart in found.exact.items() if not apart <= 1e-12} == {}
+        assert {case: apart for case, apart in found.single.items() if not apart <= 1e-5} == {}
+
+
+class TwoRanks(NamedTuple):
+    """What one start of two processes finds."""
+
+    same: Found
+    averaged: list[float]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[TwoRanks]:
+    return run_on_ranks(2, look_at_two)
+
+
+def look_at_two() -> TwoRanks:
+    return TwoRanks(compare_both(TWO_RANKS, 1), average_instead([Case(2, 1, 8, 4), Case(2, 2, 8)]))
+
+
+def test_a_step_is_the_sum_over_its_documents_however_they_are_packed():
+    assert_same([compare_both(ONE_RANK, len(TRAINED))], ONE_RANK, len(TRAINED))
+
+
+def test_a_step_is_the_sum_over_its_documents_on_two_ranks(two_ranks: list[TwoRanks]):
+    assert_same([found.same for found in two_ranks], TWO_RANKS, 1)
+
+
+def test_a_step_is_the_sum_over_its_documents_on_four_ranks():
+    assert_same(run_on_ranks(4, compare_both, FOUR_RANKS, 1), FOUR_RANKS, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [TWO_RANKS, FOUR_RANKS], ids=["2 ranks", "4 ranks"])
+def test_so_it_is_with_each_placement_of_what_is_trained(cases: list[Case]):
+    assert_same(run_on_ranks(cases[0].num_ranks, compare_both, cases, len(TRAINED)), cases, len(TRAINED))
 
 
 @contextmanager
@@ -188,11 +229,16 @@ def averaging() -> Iterator[None]:
         replicated.sum_bucket = exact
 
 
-def average_instead(cases: Sequence[Case]) -> dict[tuple[str, str], float]:
+def average_instead(cases: Sequence[Case]) -> list[float]:
+    expected = by_turns(by_definition, TRAINED)
     with averaging():
-        return differences(cases, torch.float64, len(TRAINED))
+        return [
+            difference(case, trained, torch.float64, *expected[trained])
+            for case in cases
+            for trained in list(TRAINED)[:2]
+        ]
 
 
-def test_dividing_by_the_world_is_caught():
-    for found in run_on_ranks(2, average_instead, [Case(2, 1, 8, 4), Case(2, 2, 8)]):
-        assert list(found.values()) == pytest.approx([0.5] * len(found))
+def test_dividing_by_the_world_is_caught(two_ranks: list[TwoRanks]):
+    for found in two_ranks:
+        assert found.averaged == pytest.approx([0.5] * 4)
