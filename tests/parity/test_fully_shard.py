@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
-from test_one_gradient import SIZES, StepOfDocuments
+from ranks import by_turns, run_on_ranks
+from test_one_gradient import SIZES, StepOfDocuments, mesh_of
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -28,7 +28,6 @@ from tuner.engine.world import World
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
 from tuner.model.internlm2.configuration import InternLM2Config
-from tuner.parallel.mesh import build_mesh
 
 MODELS = {
     "untied": lambda: InternLM2Config(**SIZES),
@@ -74,16 +73,22 @@ class Case(NamedTuple):
 TWO_RANKS = [
     Case(optimizers=2),
     Case("tied", optimizers=2),
-    Case("tied", num_packs=7),  # one micro-batch has no documents
+    Case("tied", use_own_head, num_packs=7),  # one micro-batch has no documents
     Case("tied", num_packs=1, num_accumulation_steps=1),  # one rank has none
-    Case(change=checkpoint),
+    Case(change=checkpoint, sequence_parallel=2, num_accumulation_steps=8),
     Case("tied", checkpoint, num_packs=2, num_accumulation_steps=1),
     Case(change=freeze, optimizers=2),
+    Case(change=use_own_head, accumulate="rows"),
+]
+ONE_BY_ONE = [  # what those have several of at once
+    Case("tied", num_packs=7),
+    Case(change=checkpoint),
     Case("tied", use_own_head),
     Case(change=use_own_head),
     Case(sequence_parallel=2, num_accumulation_steps=8),
     Case(accumulate="rows"),
 ]
+SINGLE = [Case("tied", checkpoint, optimizers=2)]
 FOUR_RANKS = [
     Case("tied", checkpoint, sequence_parallel=2),
     Case("tied", fsdp="hybrid", num_accumulation_steps=2, optimizers=2),
@@ -131,9 +136,11 @@ def train(strategy: Stepping, case: Case, dtype: torch.dtype, optimizer: dict[st
 
     strategy.optimizer.register_step_pre_hook(note)
     dataset, num_ranks = StepOfDocuments("every token", case.num_packs), strategy.world.size // num_parts
-    steps = case.num_accumulation_steps * (dist.get_world_size() // num_parts // num_ranks)  # one rank takes all
     sampler = StepSampler(
-        dataset, num_accumulation_steps=steps, rank=strategy.world.rank // num_parts, num_ranks=num_ranks
+        dataset,
+        num_accumulation_steps=case.num_accumulation_steps,
+        rank=strategy.world.rank // num_parts,
+        num_ranks=num_ranks,
     )
     results = [strategy.train_step(dataset.batches(sampler.plan(0), num_parts)) for _ in range(num_steps)]
     return Trained(results, gradients, {name: whole(weight) for name, weight in method.named_parameters()})
@@ -148,7 +155,7 @@ def fully_sharded(case: Case, precision: str = "fp32") -> FullyShard:
         sequence_parallel_size=case.sequence_parallel,
         device="cpu",
     )
-    strategy.place(World(rank, size, rank % 2, 2), build_mesh(strategy.degrees))
+    strategy.place(World(rank, size, rank % 2, 2), mesh_of(strategy.degrees))
     return strategy
 
 
@@ -158,21 +165,44 @@ def apart(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> fl
     return max(((got[name] - value).abs().max() / value.abs().max()).item() for name, value in expected.items())
 
 
+OPTIMIZERS: dict[str, tuple[dict[str, Any], int]] = {  # and how many steps each makes
+    "SGD": ({"type": SGD, "lr": 1.0}, 1),
+    "AdamW": ({"type": AdamW, "lr": 1e-2}, 2),
+}
+
+
+class Reference(NamedTuple):
+    """A run of one process that holds all, computes nothing again, and sees each document of the step in one batch."""
+
+    model: str
+    is_frozen: bool
+    optimizer: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, case: Case, optimizer: str, dtype: torch.dtype) -> "Reference":
+        """What `case` must give."""
+        return cls(case.model, case.change is freeze, optimizer, dtype)
+
+    def run(self) -> Trained:
+        """Make the step, or some."""
+        case = Case(self.model, freeze if self.is_frozen else None, num_packs=1, num_accumulation_steps=1)
+        return train(Replicated(precision="fp32", device="cpu"), case, self.dtype, *OPTIMIZERS[self.optimizer])
+
+
 def compare(cases: Sequence[Case], dtype: torch.dtype) -> dict[str, float]:
-    found = {}
-    for case in cases:
-        for optimizer, num_steps in (({"type": SGD, "lr": 1.0}, 1), ({"type": AdamW, "lr": 1e-2}, 2))[
-            : case.optimizers
-        ]:
-            expected = train(Replicated(precision="fp32", device="cpu"), case, dtype, optimizer, num_steps)
-            got = train(fully_sharded(case), case, dtype, optimizer, num_steps)
-            for one, other in zip(got.results, expected.results):
-                assert one.loss == pytest.approx(other.loss, rel=1e-5 if dtype == torch.float32 else 1e-12)
-                assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5 if dtype == torch.float32 else 1e-12)
-                assert one.num_loss_tokens == other.num_loss_tokens
-            name = f"{case}, {optimizer['type'].__name__}"
-            found[f"gradients of {name}"] = apart(got.gradients, expected.gradients)
-            found[f"weights of {name}"] = apart(got.weights, expected.weights)
+    found, tolerance = {}, 1e-5 if dtype == torch.float32 else 1e-12
+    runs = [(case, optimizer) for case in cases for optimizer in list(OPTIMIZERS)[: case.optimizers]]
+    references = by_turns(Reference.run, [Reference.of(case, optimizer, dtype) for case, optimizer in runs])
+    for case, optimizer in runs:
+        expected = references[Reference.of(case, optimizer, dtype)]
+        got = train(fully_sharded(case), case, dtype, *OPTIMIZERS[optimizer])
+        for one, other in zip(got.results, expected.results, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=tolerance)
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=tolerance)
+            assert one.num_loss_tokens == other.num_loss_tokens
+        found[f"gradients of {case}, {optimizer}"] = apart(got.gradients, expected.gradients)
+        found[f"weights of {case}, {optimizer}"] = apart(got.weights, expected.weights)
     return found
 
 
@@ -185,14 +215,20 @@ def test_four_ranks_make_the_step_of_one_also_with_cut_sequences_and_with_copies
         assert_within(found, 1e-12)
 
 
+@pytest.mark.slow
+def test_so_they_do_with_one_thing_at_a_time():
+    for found in run_on_ranks(2, compare, ONE_BY_ONE, torch.float64):
+        assert_within(found, 1e-12)
+
+
 def look_closer(directory: Path) -> dict[str, Any]:
     """On two ranks: what else holds; one start of processes for all of it."""
     return {
         "fp64": compare(TWO_RANKS, torch.float64),
-        "fp32": compare([Case("tied", optimizers=2), Case(change=checkpoint)], torch.float32),
+        "fp32": compare(SINGLE, torch.float32),
         "averaged": average_instead(Case("tied")),
         "collectives": {how: count_collectives(how) for how in ("whole", "rows")},
-        "precision": {precision: compute_in(precision) for precision in ("bf16", "fp16")},
+        "precision": compute_in("bf16", "fp16"),
         "overflow": overflow(),
         "poisoned": poison(),
         "generated": generate(),
@@ -213,10 +249,9 @@ def averaging() -> Iterator[None]:
 
 
 def average_instead(case: Case) -> float:
-    sgd = {"type": SGD, "lr": 1.0}
-    expected = train(Replicated(precision="fp32", device="cpu"), case, torch.float64, sgd, 1)
+    expected = Reference.of(case, "SGD", torch.float64).run()
     with averaging():
-        got = train(fully_sharded(case), case, torch.float64, sgd, 1)
+        got = train(fully_sharded(case), case, torch.float64, *OPTIMIZERS["SGD"])
     return apart(got.gradients, expected.gradients)
 
 
@@ -239,25 +274,35 @@ def count_collectives(how: str) -> dict[str, int]:
     return counts
 
 
-def compute_in(precision: str) -> dict[str, Any]:
+def compute_in(*precisions: str) -> dict[str, Any]:
     """Losses of some steps, on one process too, and the dtypes that a layer, the optimizer and a gradient have."""
-    adam, case, dtypes = {"type": AdamW, "lr": 1e-2}, Case("tied"), set()
-    strategies = {
-        "one process": Replicated(precision=precision, device="cpu"),
-        "spread": fully_sharded(case, precision),
-    }
+    alone = by_turns(losses_alone, precisions)
+    return {precision: {"one process": alone[precision], **compute_spread(precision)} for precision in precisions}
+
+
+IN_HALVES = Case("tied", num_packs=2, num_accumulation_steps=1)
+
+
+def losses_alone(precision: str) -> list[float]:
+    both = IN_HALVES._replace(num_accumulation_steps=2)
+    return losses(Replicated(precision=precision, device="cpu"), both)
+
+
+def losses(strategy: Stepping, case: Case) -> list[float]:
+    return [result.loss for result in train(strategy, case, torch.float32, {"type": AdamW, "lr": 1e-2}, 10).results]
+
+
+def compute_spread(precision: str) -> dict[str, Any]:
+    strategy, dtypes = fully_sharded(IN_HALVES, precision), set()
 
     def note(module: torch.nn.Module, _: Any, output: Any) -> None:
         if torch.is_grad_enabled() and type(module).__name__ == "LlamaMLP":  # without: what SFT tries out
             dtypes.add(output.dtype)
 
     with torch.nn.modules.module.register_module_forward_hook(note):
-        found: dict[str, Any] = {
-            name: [result.loss for result in train(strategy, case, torch.float32, adam, 10).results]
-            for name, strategy in strategies.items()
-        }
-    kept = {value.dtype for state in strategies["spread"].optimizer.state.values() for value in state.values()}
-    return found | {"layer": dtypes, "kept": kept | {weight.dtype for weight in strategies["spread"].parameters()}}
+        spread = losses(strategy, IN_HALVES)
+    kept = {value.dtype for state in strategy.optimizer.state.values() for value in state.values()}
+    return {"spread": spread, "layer": dtypes, "kept": kept | {weight.dtype for weight in strategy.parameters()}}
 
 
 def prepared(case: Case, precision: str = "fp32") -> tuple[FullyShard, Any]:
@@ -330,9 +375,8 @@ def generate() -> dict[str, Any]:
 
 def resume_from_one() -> dict[str, bool]:
     """What a rank reads of a checkpoint that one process has written, and the step after it."""
-    case, adam = Case("tied"), {"type": AdamW, "lr": 1e-2}
-    alone = Replicated(precision="fp32", device="cpu")
-    train(alone, case, torch.float32, adam, 2)
+    case, alone = Case("tied"), Replicated(precision="fp32", device="cpu")
+    train(alone, case._replace(num_accumulation_steps=8), torch.float32, *OPTIMIZERS["AdamW"])
     spread, _ = prepared(case)
     with tempfile.TemporaryDirectory() as directory:
         spread.resume(Path(directory), alone.save_checkpoint(Path(directory)))
@@ -351,7 +395,7 @@ def resume_from_one() -> dict[str, bool]:
 
 def hold(model: str, directory: Path) -> dict[str, Any]:
     """Build a model of files whole on each rank, and lend it to them; its sequences are cut, too."""
-    weights, most, case = [], {}, Case(model, sequence_parallel=2, num_accumulation_steps=8)
+    weights, most, case = [], {}, Case(model, num_packs=2, sequence_parallel=2, num_accumulation_steps=2)
     for lent in (False, True):
         strategy = fully_sharded(case)
         hold = strategy.hold if lent else None
@@ -411,7 +455,7 @@ def test_two_ranks_make_the_step_of_one(seen):
 
 def test_in_fp32_the_difference_is_rounding(seen):
     for found in seen:
-        assert len(found["fp32"]) == 6
+        assert len(found["fp32"]) == 2 * sum(case.optimizers for case in SINGLE)
         assert_within(found["fp32"], 1e-5)
 
 
