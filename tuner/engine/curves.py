@@ -6,8 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmengine.hooks import Hook
-
+from tuner.engine.frame import Hook
 from tuner.engine.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -43,9 +42,10 @@ def draw(columns: dict[str, list[float]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second of start-up that only the end needs
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7))
     FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, CURVES.items()):
+    margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95, "wspace": 0.18, "hspace": 0.3}
+    for axes, (name, title) in zip(figure.subplots(2, 2, gridspec_kw=margins).flat, CURVES.items()):
         axes.plot(columns["step"], columns[name], linewidth=1)
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
