@@ -1,18 +1,21 @@
-"""mmengine's runner, loop and strategy, without the packages that it would import wherever they are installed."""
+"""mmengine's runner, loop, hook and strategy, without the packages that it would import wherever they are installed."""
 
 import sys
 
-UNASKED = ("deepspeed", "bitsandbytes")
-"""seconds each, and what they print: DeepSpeed of a missing GPU, bitsandbytes of missing kernels"""
+UNASKED = ("deepspeed", "bitsandbytes", "transformers")
+"""seconds each, for optimizers of theirs that it registers; and what they print of a missing GPU or of kernels"""
 
-hidden = [name for name in UNASKED if name not in sys.modules]
-for name in hidden:
-    sys.modules[name] = None  # type: ignore[assignment]  # "not installed", which mmengine is content with
+loaded = {name: sys.modules.get(name) for name in UNASKED}
+sys.modules |= dict.fromkeys(UNASKED)  # type: ignore[arg-type]  # None: "not installed", which mmengine is content with
 try:
     from mmengine._strategy import BaseStrategy
+    from mmengine.hooks import Hook
     from mmengine.runner import BaseLoop, FlexibleRunner
 finally:
-    for name in hidden:
-        del sys.modules[name]
+    for name, module in loaded.items():
+        if module is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = module
 
-__all__ = ["BaseLoop", "BaseStrategy", "FlexibleRunner"]
+__all__ = ["BaseLoop", "BaseStrategy", "FlexibleRunner", "Hook"]
