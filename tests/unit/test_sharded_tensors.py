@@ -61,9 +61,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path, monkeypatch, max_sh
 
 @pytest.mark.parametrize("max_shard_size", [10**9, 1500, 64])
 def test_shards_and_index_are_those_of_the_hub_library(tmp_path, max_shard_size):
-    pieces = [
-        cast(tensor) for tensor in stored_tensors(write_source(tmp_path / "source") / "model.safetensors").values()
-    ]
+    pieces = [cast(tensor) for tensor in model_tensors(write_source(tmp_path / "source")).values()]
     write_shards(tmp_path, pieces, max_shard_size=max_shard_size)
     state = {piece.name: weights()[piece.name] for piece in pieces}
     plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
