@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from tuner.engine.sameness import compare_ranks, own_facts
 from tuner.engine.strategy import Strategy
 from tuner.engine.together import from_first
 from tuner.engine.watch import Patience, watched
-from tuner.engine.work_dir import check_shared, choose_checkpoint, locked, write_config
+from tuner.engine.work_dir import check_shared, choose_checkpoints, locked, write_config
 from tuner.engine.world import World, joined, read_world
 from tuner.errors import UserError
 from tuner.model.build import build_llm
@@ -49,16 +49,16 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
     settings = {key: setting.value for key, setting in literals.settings(source, name).items()}
     work_dir, world = work_dir.resolve(), read_world()
     with locked(work_dir) if world.is_first else nullcontext():
-        checkpoint = choose_checkpoint(work_dir, resume) if world.is_first else None
+        checkpoints = choose_checkpoints(work_dir, resume) if world.is_first else []
         if world.is_first:
-            write_config(work_dir, source, checkpoint is not None)
+            write_config(work_dir, source, is_resumed=bool(checkpoints))
         prepared = prepare(config, world)
         with meeting(config, prepared, work_dir):
             compare_run(source, prepared.dataloader, world)
-            checkpoint = from_first(checkpoint, world)
+            checkpoints = from_first(checkpoints, world)
             check_shared(work_dir, world)
             prepared.strategy.place(world, build_mesh(prepared.strategy.degrees))
-            build_runner(config, prepared, source, settings, work_dir=work_dir, checkpoint=checkpoint).train()
+            build_runner(config, prepared, source, settings, work_dir=work_dir, checkpoints=checkpoints).train()
         if world.is_first:
             save_ledger(prepared.dataloader, work_dir)  # a stream's has grown
     return work_dir
@@ -129,7 +129,7 @@ def build_runner(
     settings: dict[str, Any],
     *,
     work_dir: Path,
-    checkpoint: Path | None = None,
+    checkpoints: Sequence[Path] = (),
 ) -> Runner:
     """Weights, then the frame around them."""
     assembly, strategy, tokenizer, dataloader = prepared
@@ -152,7 +152,7 @@ def build_runner(
     record = RunRecord(source, json.loads(json.dumps(settings)), tokenizer, settings.get("chat_template"))
     # what building drew depends on the model's code, and what training draws should not; ranks drop other units
     seed_everything(seed + world.rank)
-    return Runner(parts, record, work_dir=work_dir, checkpoint=checkpoint)
+    return Runner(parts, record, work_dir=work_dir, checkpoints=checkpoints)
 
 
 def with_holder(model: Any, hold: Hold | None) -> Any:

@@ -156,4 +156,4 @@ def make_runner(
         hooks=[MetricsHook(interval=1), CheckpointHook(interval=3)] if hooks is None else hooks,
     )
     record = RunRecord("seed = 0\n", settings or {"seed": 0}, tiny_tokenizer(), "internlm2")
-    return Runner(parts, record, work_dir=work_dir, checkpoint=checkpoint)
+    return Runner(parts, record, work_dir=work_dir, checkpoints=[checkpoint] if checkpoint else [])

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,15 @@ from safetensors.torch import load_file
 from stub_training import make_runner, tiny_llm
 
 from tuner.dataset.chat_template import CHAT_TEMPLATES
-from tuner.engine import sample_chat, saving
+from tuner.engine import checkpoint as checkpoints
+from tuner.engine import pending_save, sample_chat, saving
 from tuner.engine.checkpoint import checkpoint_path, list_checkpoints, verify_checkpoint
 from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
 from tuner.engine.loop import NonFiniteError
 from tuner.engine.replicated import Replicated
 from tuner.errors import UserError
+
+DROPOUT = {"attention_dropout": 0.3}
 
 
 class StoppedError(Exception):
@@ -76,6 +80,77 @@ def interrupted(work_dir: Path, step: int, monkeypatch, chat=False, **keywords) 
     return work_dir
 
 
+def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_path, monkeypatch):
+    """Each write begins only when training has changed the tensors again; every checkpoint is compared."""
+    make_runner(tmp_path / "a", hooks=[MetricsHook(), CheckpointHook(interval=2, keep=None)], **DROPOUT).train()
+    step = threading.Semaphore(0)
+
+    class Release(StopHook):
+        def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+            if runner.strategy.step in (3, 5):
+                step.release()
+
+        def after_run(self, runner):
+            pass
+
+    def late(snapshot, draft, world):
+        if snapshot.step < 6:
+            assert step.acquire(timeout=60)
+            seen.append(snapshot.step)
+        return write(snapshot, draft, world)
+
+    seen, write = [], pending_save.write_snapshot
+    monkeypatch.setattr(pending_save, "write_snapshot", late)
+    hooks = [Release(0), MetricsHook(), CheckpointHook(interval=2, keep=None, async_save=True)]
+    make_runner(tmp_path / "b", hooks=hooks, **DROPOUT).train()
+    assert seen == [2, 4]
+    assert trace(tmp_path / "a") == trace(tmp_path / "b")
+    for number in (2, 4, 6):
+        assert_same_checkpoint(*(checkpoint_path(tmp_path / run, number) for run in "ab"))
+    rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["save_seconds"] > 0 for row in rows] == [False, False, True, False, True, False]
+
+
+def test_a_run_that_saves_beside_training_resumes_bit_for_bit(tmp_path):
+    first = straight(tmp_path / "straight", **DROPOUT)
+    hooks = [MetricsHook(), CheckpointHook(interval=2, async_save=True), StopHook(5)]
+    with pytest.raises(StoppedError):
+        make_runner(tmp_path / "again", hooks=hooks, **DROPOUT).train()
+    assert [path.name for path in list_checkpoints(tmp_path / "again")] == ["step_00000002", "step_00000004"]
+    hooks = [MetricsHook(), CheckpointHook(interval=None, async_save=True)]
+    make_runner(tmp_path / "again", hooks=hooks, checkpoint=checkpoint_path(tmp_path / "again", 4), **DROPOUT).train()
+    assert trace(first) == trace(tmp_path / "again")
+    assert_same_checkpoint(*(checkpoint_path(path, 6) for path in (first, tmp_path / "again")))
+    runs = {checkpoints.read_manifest(path)["run"] for path in list_checkpoints(tmp_path / "again")}
+    assert len(runs) == 1, "it is the same run that goes on"
+    assert runs.isdisjoint({checkpoints.read_manifest(checkpoint_path(first, 6))["run"]})
+
+
+def test_a_copy_of_each_checkpoint_is_kept_elsewhere_and_a_full_disk_there_is_a_warning(tmp_path, capsys, monkeypatch):
+    hooks = [CheckpointHook(interval=3, keep=1, copy_to=str(tmp_path / "cold"))]
+    make_runner(tmp_path / "run", hooks=hooks).train()
+    copies = list_checkpoints(tmp_path / "cold" / "run")
+    assert [path.name for path in copies] == ["step_00000003", "step_00000006"]
+    for path in copies:
+        verify_checkpoint(path)
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+    monkeypatch.setattr(checkpoints.shutil, "copyfile", lambda *paths: raise_full())
+    make_runner(tmp_path / "other", hooks=[CheckpointHook(interval=3, copy_to=str(tmp_path / "cold"))]).train()
+    assert list_checkpoints(tmp_path / "cold" / "other") == []
+    assert "warning: step_00000006 could not be copied to" in capsys.readouterr().out
+    assert len(list_checkpoints(tmp_path / "other")) == 2
+
+
+def raise_full():
+    raise OSError(28, "No space left on device")
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    names = [path.relative_to(one) for path in one.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert len(names) >= 8
+    assert [str(name) for name in names if (one / name).read_bytes() != (other / name).read_bytes()] == []
+
+
 @pytest.mark.parametrize(
     ("step", "keywords", "chat"),
     [
@@ -119,7 +194,7 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path, monkeypatch):
 def test_dropout_would_show_a_lost_random_state(tmp_path, monkeypatch):
     """The control of the test above: without the saved state the runs differ."""
     first = straight(tmp_path / "straight", attention_dropout=0.3)
-    monkeypatch.setattr("tuner.engine.snapshot.restore_random_state", lambda state: None)
+    monkeypatch.setattr("tuner.engine.snapshot.restore_random_state", lambda state, devices: None)
     second = interrupted(tmp_path / "resumed", 3, monkeypatch, attention_dropout=0.3)
     assert trace(first)[:3] == trace(second)[:3]
     assert trace(first)[3] != trace(second)[3]
@@ -172,11 +247,11 @@ def test_a_checkpoint_has_everything_and_no_pickle(tmp_path):
 def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypatch):
     seen = []
 
-    def watch(work_dir, keep):
+    def watch(work_dir, keep, **others):
         for path in list_checkpoints(work_dir):
             verify_checkpoint(path)
         seen.append([path.name for path in list_checkpoints(work_dir)])
-        prune(work_dir, keep)
+        prune(work_dir, keep, **others)
 
     prune = saving.prune
     monkeypatch.setattr(saving, "prune", watch)
@@ -269,27 +344,45 @@ def test_a_weight_that_is_not_finite_is_never_published(tmp_path):
             with torch.no_grad():
                 runner.model.llm.lm_head.weight[0, 0] = float("inf")
 
-    with pytest.raises(UserError, match=r"lm_head.* is not finite: no checkpoint was written"):
+    with pytest.raises(UserError, match=r"lm_head.* is not finite: no checkpoint of step 1 was published"):
         make_runner(tmp_path, hooks=[Poison(0), CheckpointHook(interval=1)]).train()
-    assert list_checkpoints(tmp_path) == []
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_full_disk_costs_a_warning_until_the_last_checkpoint(tmp_path, capsys, monkeypatch):
-    def full(runner):
-        if runner.strategy.step > 1:
+def test_neither_is_an_optimizer_that_is_not_finite_also_beside_training(tmp_path):
+    class Poison(StopHook):
+        priority = "VERY_HIGH"
+
+        def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+            if runner.strategy.step == 3:  # an infinite second moment stops its weight, and no loss ever shows it
+                runner.strategy.optimizer.state[runner.model.llm.lm_head.weight]["exp_avg_sq"][1, 1] = float("inf")
+
+    message = r"optimizer tensor lm_head.weight.exp_avg_sq is not finite: .* step 4 was published.* is .*step_00000002"
+    with pytest.raises(UserError, match=message):
+        make_runner(tmp_path, hooks=[Poison(0), CheckpointHook(interval=2, async_save=True)]).train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002"]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_full_disk_costs_a_warning_until_the_last_checkpoint(tmp_path, capsys, monkeypatch, async_save):
+    def full(snapshot, draft, world):
+        if snapshot.step > 1:
+            (draft / "half").write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        return save(runner)
+        return write(snapshot, draft, world)
 
-    save = saving.save_snapshot
-    monkeypatch.setattr(saving, "save_snapshot", full)
+    write = pending_save.write_snapshot
+    monkeypatch.setattr(pending_save, "write_snapshot", full)
     with pytest.raises(UserError, match=r"step 6 could not be written.*No space left.*whole checkpoint is .*00000001"):
-        make_runner(tmp_path, hooks=[CheckpointHook(interval=1)]).train()
+        make_runner(tmp_path, hooks=[CheckpointHook(interval=1, async_save=async_save)]).train()
     assert capsys.readouterr().err.count("warning: The checkpoint of step") == 4
     verify_checkpoint(checkpoint_path(tmp_path, 1))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000001", "latest"}
 
 
 LIMITED = """
 import sys
+import threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from stub_training import make_runner

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mmengine.hooks import Hook
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from tuner.engine.checkpoint import write_text_atomically
+from tuner.engine.frame import Hook
 from tuner.engine.machine import PeakRate, peak_memory, peak_rate
 from tuner.engine.strategy import StepResult
 from tuner.engine.tally import Tally
@@ -103,6 +103,7 @@ class MetricsHook(Hook):
             "hfu": hfu,
             **over_ranks(result.tally, strategy.world, strategy.device),
             "step_seconds": loop.step_seconds,
+            "save_seconds": strategy.progress.take_save_seconds(),
             "seconds_left": seconds_per_step * (num_steps - done),
         }
 

@@ -35,6 +35,7 @@ class Progress:
         self.documents: Sequence[str] = ()  # the first few of the step's, for whoever asks why this process is gone
         self._first_step = 0
         self._idle_seconds = 0.0
+        self._save_seconds = 0.0
         self._entered = (time.perf_counter(), time.thread_time())
         self._file: int | None = None
 
@@ -70,6 +71,11 @@ class Progress:
         seconds, self._idle_seconds = self._idle_seconds, 0.0
         return seconds
 
+    def take_save_seconds(self) -> float:
+        """For how long, since the last call, training was held by checkpoints."""
+        seconds, self._save_seconds = self._save_seconds, 0.0
+        return seconds
+
     def write_to(self, path: Path) -> None:
         """Keep in this file where the process is, for when it is killed."""
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -79,5 +85,7 @@ class Progress:
         (wall, cpu), self._entered = self._entered, (time.perf_counter(), time.thread_time())
         if self.place.phase == DATA:
             self.data_seconds = self._entered[0] - wall
+        if self.place.phase == CHECKPOINT:
+            self._save_seconds += self._entered[0] - wall
         if self.place.phase in TRAINING:
             self._idle_seconds += max(0.0, self._entered[0] - wall - (self._entered[1] - cpu))

@@ -1,7 +1,7 @@
 """The random states of a process: seeded at the start, captured and restored around whatever must not disturb them."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,19 +28,20 @@ def capture_random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any], devices: Sequence[int] | None = None) -> None:
     """Put every generator back to where `capture_random_state` found it.
 
-    A state taken on another number of GPUs restores those that exist now; the caller compares devices.
+    Args:
+        state: what it returned; "cuda" may have been cut down to some GPUs.
+        devices: the GPUs that those states are for, in their order; None is all of this process, from the first.
     """
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(from_hex(state["torch"]))
-    if torch.cuda.is_available():
-        for device, text in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(from_hex(text), device)
+    for device, text in zip(range(torch.cuda.device_count()) if devices is None else devices, state["cuda"]):
+        torch.cuda.set_rng_state(from_hex(text), device)
 
 
 @contextmanager

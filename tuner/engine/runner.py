@@ -1,21 +1,23 @@
 """mmengine's FlexibleRunner, reduced to its frame: model, strategy, loop and hooks; ours decide everything else."""
 
 import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmengine.hooks import Hook
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from tuner.engine.frame import FlexibleRunner
+from tuner.engine.frame import FlexibleRunner, Hook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.snapshot import load_snapshot
+from tuner.engine.snapshot import hf_files, load_snapshot
 from tuner.engine.strategy import Strategy
+from tuner.engine.work_dir import first_whole
 
 DEFAULT_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
 
@@ -46,9 +48,13 @@ class Parts:
 class Runner(FlexibleRunner):
     """Runs built parts in a work dir; resumes only from our own checkpoints."""
 
-    def __init__(self, parts: Parts, record: RunRecord, *, work_dir: Path, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self, parts: Parts, record: RunRecord, *, work_dir: Path, checkpoints: Sequence[Path] = ()
+    ) -> None:  # fmt: skip
+        """`checkpoints`: to go on from, in the order to try them; where there are any, one must be whole."""
         self.record = record
-        self.checkpoint = checkpoint
+        self.checkpoints = checkpoints
+        self.run = uuid.uuid4().hex  # a resumed run is the one that it goes on with
         self.loop_node = parts.train_cfg
         strategy = parts.strategy
         # the names under which FlexibleRunner asks a strategy for its own fields
@@ -83,14 +89,23 @@ class Runner(FlexibleRunner):
         )
         self.load_or_resume()
         self.call_hook("before_run")
-        loop.run()
+        try:
+            loop.run()
+        except Exception:
+            self.call_hook("after_failure")
+            raise
         self.call_hook("after_run")
         return self.model
 
     def load_or_resume(self) -> None:
-        """Continue from `checkpoint`; mmengine's own resume executes pickles and configs."""
-        if self.checkpoint is not None:
-            load_snapshot(self, self.checkpoint)
+        """Continue from the first whole one of `checkpoints`; mmengine's own resume executes pickles and configs."""
+        if self.checkpoints:
+            load_snapshot(self, first_whole(self.checkpoints, Path(self.work_dir), self.strategy.world))
+
+    @cached_property
+    def hf_files(self) -> dict[str, bytes]:
+        """What a checkpoint has of a Hugging Face directory, by name; the same in all of them."""
+        return hf_files(self.model.get_submodule("llm"), self.record)
 
     def build_visualizer(self, visualizer: None = None) -> None:
         """None: curves and TensorBoard are hooks of ours."""

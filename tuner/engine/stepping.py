@@ -1,17 +1,17 @@
 """What strategies share that let torch's optimizer step on the tensors of this rank: rates, clipping, loss scale."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.engine.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from tuner.engine.own_parts import OwnParts, whole
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.strategy import Strategy, compare_weights, read_max_norm, save_tensors, schedule_rates
+from tuner.engine.strategy import Strategy, compare_weights, read_max_norm, schedule_rates
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles
 
 
@@ -62,10 +62,13 @@ class Stepping(Strategy):
         """Whether a gradient that overflowed may be the loss scale's doing."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
-    def save_checkpoint(self, filename: Path) -> dict[str, Any]:
-        """Write this rank's share of weights and optimizer into the directory `filename`; returns the rest."""
+    def state_tensors(self) -> dict[str, Iterable[tuple[str, Tensor]]]:
+        """What a checkpoint holds, by kind: each tensor whole, gathered when it is asked for."""
         weights = self.model.get_submodule("llm").named_parameters()
-        save_tensors(filename, self.world, whole(weights), whole(optimizer_tensors(self.optimizer).items()))
+        return {WEIGHTS: whole(weights), OPTIMIZER: whole(optimizer_tensors(self.optimizer).items())}
+
+    def state_counters(self) -> dict[str, Any]:
+        """What else `resume` needs, for JSON."""
         return {"step": self.step, "num_steps": self.num_steps, "scaler": self.scaler.state_dict()}
 
     def load_checkpoint(self, filename: Path) -> None:
@@ -79,7 +82,7 @@ class Stepping(Strategy):
                 weight.copy_(own[name])
 
     def resume(self, filename: Path, state: Mapping[str, Any]) -> None:
-        """Read everything that `save_checkpoint` wrote and returned."""
+        """Read what `state_tensors` and `state_counters` gave."""
         self.load_checkpoint(filename)
         weights = dict(self.model.get_submodule("llm").named_parameters())
         load_optimizer_tensors(self.optimizer, OwnParts(TensorFiles(filename, OPTIMIZER), weights))

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tuner.constants import IGNORE_INDEX
+from tuner.engine.draft import write_file
 from tuner.engine.frame import BaseStrategy
 from tuner.engine.machine import peak_memory
 from tuner.engine.precision import PRECISIONS
 from tuner.engine.progress import COMPUTE, SUM, UPDATE, Progress
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.tally import Own, Tally, gather_rows, tally
-from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles, share_of, write_share
-from tuner.engine.together import all_or_none
+from tuner.engine.tensor_files import TensorFiles, file_name, share_of, tensor_pieces
 from tuner.engine.world import ALONE, World, own_device, read_world
 from tuner.errors import UserError
 from tuner.model.hollow import Hold
@@ -116,14 +115,24 @@ class Strategy(BaseStrategy):
         """Forget the gradient of this step."""
 
     @abstractmethod
+    def state_tensors(self) -> dict[str, Iterable[tuple[str, Tensor]]]:
+        """What a checkpoint holds, by kind: each tensor whole, gathered when asked for, by all ranks alike."""
+
+    @abstractmethod
+    def state_counters(self) -> dict[str, Any]:
+        """What else `resume` needs, for JSON: steps done and in all, loss scale."""
+
     def save_checkpoint(self, filename: Path) -> dict[str, Any]:
-        """Write this rank's part of weights and optimizer into the directory `filename`; returns the rest, for JSON.
+        """Write this rank's part of weights and optimizer into the directory `filename`; returns the counters.
 
         Raises:
-            NonFiniteStepError: a weight is NaN or infinite.
-            OSError, SafetensorError: the disk of this rank refused.
-            PeerError: another rank failed.
+            NonFiniteTensorError: a value is NaN or infinite.
+            OSError: the disk refused.
         """
+        for kind, tensors in self.state_tensors().items():
+            share = share_of(kind, tensors, self.world)
+            write_file(filename / file_name(kind, self.world), tensor_pieces(kind, share))
+        return self.state_counters()
 
     @abstractmethod
     def load_checkpoint(self, filename: Path) -> None:
@@ -131,7 +140,7 @@ class Strategy(BaseStrategy):
 
     @abstractmethod
     def resume(self, filename: Path, state: Mapping[str, Any]) -> None:
-        """Read what `save_checkpoint` wrote and returned, on any number of ranks and by any strategy."""
+        """Read what `state_tensors` and `state_counters` gave, on any number of ranks and by any strategy."""
 
     def autocast(self) -> AbstractContextManager:
         """The context of every forward pass, the sampled chat's included."""
@@ -232,25 +241,6 @@ def read_max_norm(optim_wrapper: Mapping[str, Any]) -> float | None:
     if max_norm is not None and max_norm <= 0:
         raise UserError(f"max_norm={max_norm} would stop all learning. Choose a positive number, or None not to clip.")
     return max_norm
-
-
-def save_tensors(
-    directory: Path, world: World, weights: Iterable[tuple[str, Tensor]], optimizer: Iterable[tuple[str, Tensor]]
-) -> None:
-    """This rank's share of both, gathered before anything is written: a disk that refuses must leave nobody waiting.
-
-    Raises:
-        NonFiniteStepError: a weight is NaN or infinite.
-        OSError, SafetensorError: the disk of this rank refused.
-        PeerError: another rank failed.
-    """
-    shares = {WEIGHTS: share_of(weights, world), OPTIMIZER: share_of(optimizer, world)}
-    with all_or_none(world, (OSError, SafetensorError, NonFiniteStepError)):
-        for name, weight in shares[WEIGHTS].items():
-            if not torch.isfinite(weight).all():
-                raise NonFiniteStepError(f"weight {name}")
-        for kind, share in shares.items():
-            write_share(directory, kind, share, world)
 
 
 def compare_weights(saved: TensorFiles, expected: Mapping[str, torch.Size], source: Path) -> None:

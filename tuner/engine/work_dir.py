@@ -4,12 +4,24 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tuner.engine.checkpoint import find_checkpoint, list_checkpoints, remove_leftovers, step_of, write_text_atomically
+from tuner.engine.checkpoint import (
+    checkpoints_directory,
+    find_checkpoint,
+    is_step,
+    list_steps,
+    remove_leftovers,
+    set_aside,
+    step_of,
+    verify_checkpoint,
+    work_dir_of,
+    write_text_atomically,
+)
 from tuner.engine.together import from_first, gather_objects
 from tuner.engine.world import World
 from tuner.errors import UserError
@@ -70,37 +82,86 @@ def owner(work_dir: Path) -> str:
         return "it is just starting"
 
 
-def choose_checkpoint(work_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from; None begins anew. Call it under the lock: it clears a killed run's drafts.
+def choose_checkpoints(work_dir: Path, resume: str | None) -> list[Path]:
+    """The checkpoints to go on from, in the order to try them; [] begins anew. Clears a killed run's drafts.
+
+    Call it under the lock. Nothing is read yet but names: `first_whole` does, with all ranks.
 
     Args:
         work_dir: where the run will write.
-        resume: None, "auto" (the newest checkpoint of the work dir), or the path of a checkpoint or work dir.
+        resume: None, "auto" (the newest whole checkpoint of the work dir), or the path of a checkpoint, which has no
+            substitute, or of a work dir.
 
     Raises:
         UserError: checkpoints are there and would be written over, or none is where one is asked for.
     """
     remove_leftovers(work_dir)
-    present = list_checkpoints(work_dir)
+    present = list_steps(work_dir)
     if resume is None:
         if present:
             raise UserError(
-                f"{work_dir} holds a run already, up to step {step_of(present[-1])}. Go on with --resume, "
+                f"{work_dir} holds a run already, up to step {step_of(present[-1])}. Go on with --resume auto, "
                 "or choose another --work-dir."
             )
-        return None
+        return []
     if resume == "auto":
         if not present:
             raise UserError(f"--resume: {work_dir} holds no checkpoint. Leave --resume out to begin, or name one.")
-        return present[-1]
+        return present[::-1]
     chosen = find_checkpoint(Path(resume))
-    newer = [path.name for path in present if step_of(path) > step_of(chosen)]
+    candidates = [chosen]
+    if not is_step(Path(resume).resolve()):
+        candidates = [path.resolve() for path in reversed(list_steps(work_dir_of(Path(resume))))]
+    newer = [path.name for path in present if step_of(path) > step_of(candidates[0])]
     if newer:
         raise UserError(
             f"{work_dir} holds newer checkpoints than {chosen} ({', '.join(newer)}), which this run would write over. "
             "Choose another --work-dir, or delete them first."
         )
-    return chosen
+    return candidates
+
+
+def first_whole(candidates: Sequence[Path], work_dir: Path, world: World) -> Path:
+    """The first checkpoint that nothing is wrong with, read by all ranks together, each of them some files.
+
+    Those before it are named with what is wrong; in the work dir they are put aside, so that their steps can be saved.
+
+    Raises:
+        UserError: none is whole.
+    """
+    problems: list[str] = []
+    for place, candidate in enumerate(candidates):
+        problem = damage(candidate, world)
+        if problem is None:
+            put_aside(candidates[:place], candidate, work_dir, world)
+            return candidate
+        problems.append(problem)
+        if place + 1 < len(candidates) and world.is_first:
+            print(f"warning: {problem} Looking at {candidates[place + 1].name} instead.", file=sys.stderr, flush=True)
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    raise UserError("No checkpoint is whole, so there is nothing to go on from:\n  - " + "\n  - ".join(problems))
+
+
+def damage(checkpoint: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks; None where all is as it was written."""
+    problem = None
+    try:
+        verify_checkpoint(checkpoint, world)
+    except UserError as error:
+        problem = str(error)
+    return next((text for text in gather_objects(problem, world) if text is not None), None)
+
+
+def put_aside(unusable: Sequence[Path], chosen: Path, work_dir: Path, world: World) -> None:
+    """Give damaged checkpoints of this work dir other names; `latest` is then the one that is used."""
+    home = checkpoints_directory(work_dir).resolve()
+    own = [path for path in unusable if path.resolve().parent == home]
+    if world.is_first and own:
+        for path in own:
+            print(f"warning: {path.name} is kept as {set_aside(path).name}", file=sys.stderr, flush=True)
+        write_text_atomically(home / "latest", chosen.name + "\n")
+    from_first(None, world)
 
 
 def write_config(work_dir: Path, source: str, is_resumed: bool) -> None:

@@ -1,6 +1,6 @@
 """ZeRO: optimizer state, gradients and weights are cut over all ranks, by DeepSpeed's engine."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from tuner.engine.deepspeed_package import join_alone, known_keys, load_deepspee
 from tuner.engine.optimizer import build_optimizer, is_state
 from tuner.engine.precision import PRECISIONS
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.strategy import Batch, Strategy, compare_weights, read_max_norm, save_tensors, schedule_rates
+from tuner.engine.strategy import Batch, Strategy, compare_weights, read_max_norm, schedule_rates
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles
 from tuner.engine.world import World, read_world
 from tuner.engine.zero_config import ModelSizes, Settings, check_ranks, zero_config, zero_stage
@@ -144,9 +144,12 @@ class Zero(Strategy):
         scaler = self.optimizer.loss_scaler
         return scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
-    def save_checkpoint(self, filename: Path) -> dict[str, Any]:
-        """Write this rank's share of weights and optimizer into the directory `filename`; returns the rest."""
-        save_tensors(filename, self.world, self._weights(), self._optimizer_tensors())
+    def state_tensors(self) -> dict[str, Iterable[tuple[str, Tensor]]]:
+        """What a checkpoint holds, by kind: each tensor whole, gathered when it is asked for."""
+        return {WEIGHTS: self._weights(), OPTIMIZER: self._optimizer_tensors()}
+
+    def state_counters(self) -> dict[str, Any]:
+        """What else `resume` needs, for JSON."""
         return {"step": self.step, "num_steps": self.num_steps, "scaler": scaler_state(self.optimizer.loss_scaler)}
 
     def load_checkpoint(self, filename: Path) -> None:
@@ -158,7 +161,7 @@ class Zero(Strategy):
         self.tensors.publish()
 
     def resume(self, filename: Path, state: Mapping[str, Any]) -> None:
-        """Read everything that `save_checkpoint` wrote and returned."""
+        """Read what `state_tensors` and `state_counters` gave."""
         self.load_checkpoint(filename)
         saved = TensorFiles(filename, OPTIMIZER)
         parameters = {name: parameter for name, parameter in self._parameters().items() if parameter.requires_grad}

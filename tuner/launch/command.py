@@ -109,14 +109,14 @@ def launch(job: Job, node: Node, options: Options) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     source, config = check_job(job)
     check_gpus(node.num_processes, config)
-    from tuner.engine.work_dir import choose_checkpoint, locked
+    from tuner.engine.work_dir import choose_checkpoints, locked
     from tuner.launch.launcher import Run
     from tuner.launch.launcher import launch as run_all
 
     work_dir = job.work_dir.resolve()
     if node.is_first:
         with locked(work_dir):
-            choose_checkpoint(work_dir, job.resume)
+            choose_checkpoints(work_dir, job.resume)
     command = [sys.executable, "-m", "tuner", *job.arguments]
     return run_all(Run(source, work_dir, job.resume, command, "--debug" in job.arguments), node, options)
 
