@@ -60,6 +60,7 @@ def test_a_right_config_passes_and_nothing_is_built(good: dict[str, object], mon
         ("log_interval", 0, "a whole number from 1"),
         ("save_interval", 0, "a whole number from 1 or None"),
         ("keep_checkpoints", 0, "a whole number from 1 or None"),
+        ("keep_every", 0, "a whole number from 1 or None"),
         ("sample_interval", -1, "a whole number from 0"),
         ("precision", "bf61", "one of fp32, bf16, fp16. Did you mean bf16?"),
         ("attention", "flahs", "one of auto, eager, "),

@@ -57,6 +57,10 @@ seed = 0  # of the order of the data, of random weights and of dropout
 log_interval = 10  # steps between log lines on the terminal; metrics.jsonl has every step
 save_interval: int | None = 500  # steps between checkpoints; None saves only after the last step
 keep_checkpoints: int | None = 2  # how many of the newest to keep; None keeps all
+keep_every: int | None = None  # those after a multiple of so many steps are kept too
+keep_best = False  # and the one before which the mean training loss, since the checkpoint before, was lowest
+async_save = True  # write while training goes on, which waits only for a copy in this host's memory; False waits
+copy_checkpoints_to: str | None = None  # a directory, such as on a disk for archives, that gets a copy of each
 sample_interval = 0  # steps between sampled replies to the prompts; 0 is never: a base model does not answer yet
 sample_prompts = ["请介绍一下你自己。", "What can you help me with?"]  # what the sampled replies answer
 
@@ -123,6 +127,14 @@ train_cfg = dict(type=TrainLoop, rank_timeout=rank_timeout)
 custom_hooks = [
     dict(type=MetricsHook, interval=log_interval),
     dict(type=SampleChatHook, interval=sample_interval, prompts=sample_prompts),
-    dict(type=CheckpointHook, interval=save_interval, keep=keep_checkpoints),
+    dict(
+        type=CheckpointHook,
+        interval=save_interval,
+        keep=keep_checkpoints,
+        keep_every=keep_every,
+        keep_best=keep_best,
+        async_save=async_save,
+        copy_to=copy_checkpoints_to,
+    ),
     dict(type=CurvesHook),
 ]
