@@ -242,6 +242,20 @@ def check_attn_command(config: str, settings: Pairs, cfg_options: Pairs) -> int:
     return check_attn(source, name=config)
 
 
+@check_group.command("resume", cls=TrainCommand)
+@config_arguments
+@click.option("--kills", type=int, default=4, show_default=True, help="SIGKILLs, every other one inside a write.")
+@click.option("--ranks", type=int, help="Processes.  [default: as the config's strategy needs]")
+@click.option("--seed", "kill_seed", type=int, default=0, show_default=True, help="Of the moments of the kills.")
+@debug_option
+def check_resume_command(config: str, settings: Pairs, cfg_options: Pairs, **options: Any) -> int:
+    """Train the config with its model made thin, kill it again and again, and compare it with a run without a stop."""
+    source = render_config(config, settings, cfg_options)
+    from tuner.prove.resume import check_resume
+
+    return check_resume(source, name=config, **options)
+
+
 @cli.command("lint")
 @click.argument("data", nargs=-1, required=True, metavar="DATA...|CONFIG [NAME=VALUE]...")
 @click.option("--format", "data_format", help="As in a config's data_format.  [default: found from the rows]")

@@ -17,6 +17,7 @@ from tuner.prove.rope import ORIGINAL, ROPE_KEYS, rope_type
 
 NUM_TOKEN_IDS = 512
 HEAD_SIZE = 16
+THIN_HEAD_SIZE = 2
 SEED = 0
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 AT_MOST = {
@@ -80,10 +81,23 @@ def narrow(family: Family) -> dict[str, Any]:
             small[name] = 0.0
     if rope_type(small) in LENGTH_DEPENDENT:
         small |= {name: LONG for name in ("max_position_embeddings", ORIGINAL) if name in small}
-    for name in ROPE_KEYS:
-        if isinstance(small.get(name), dict):
-            small[name] = _narrow_rope(small[name], family.head_size // 2)
-    return small
+    return _with_narrow_rope(small, family, HEAD_SIZE)
+
+
+def thin(family: Family) -> dict[str, Any]:
+    """A config.json with the same heads, token ids and dropout, and hardly any width: what a run keeps, not what it is.
+
+    The tokenizer still fits, and any number of ranks that shares the heads can share them here.
+    """
+    small = _small(family, family.num_heads, family.num_kv_heads, THIN_HEAD_SIZE)
+    for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
+        small[family.config.attribute_map.get(name, name)] = getattr(family.config, name)
+    return _with_narrow_rope(small, family, THIN_HEAD_SIZE)
+
+
+def _with_narrow_rope(small: dict[str, Any], family: Family, head_size: int) -> dict[str, Any]:
+    ropes = {name: small[name] for name in ROPE_KEYS if isinstance(small.get(name), dict)}
+    return small | {name: _narrow_rope(rope, family.head_size // 2, head_size) for name, rope in ropes.items()}
 
 
 def one_head(family: Family) -> dict[str, Any]:
@@ -122,12 +136,12 @@ def _small(family: Family, num_heads: int, num_kv_heads: int, head_size: int) ->
     return small
 
 
-def _narrow_rope(rope: dict[str, Any], num_frequencies: int) -> dict[str, Any]:
+def _narrow_rope(rope: dict[str, Any], num_frequencies: int, head_size: int) -> dict[str, Any]:
     """Factors that a rope has for each frequency, for as many as a narrow head has; lengths that are soon passed."""
     found = {}
     for name, value in rope.items():
         if isinstance(value, list) and len(value) == num_frequencies:
-            value = value[: HEAD_SIZE // 2]
+            value = value[: head_size // 2]
         elif name == ORIGINAL and rope_type({"rope_scaling": rope}) in LENGTH_DEPENDENT:
             value = LONG
         found[name] = value
