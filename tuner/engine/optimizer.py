@@ -57,7 +57,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     tensors = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"]):
-            for key, value in optimizer.state[parameter].items():
+            for key, value in sorted(optimizer.state[parameter].items()):  # of a resumed run they come in another order
                 assert isinstance(value, torch.Tensor), f"{type(optimizer).__name__} keeps {key!r} as {type(value)}"
                 tensors[f"{name}.{key}"] = value
     return tensors
