@@ -168,14 +168,16 @@ class Run:
         """Train on, and kill it at the moment."""
         started = time.time()
         process, resumed = self._start()
+        members: list[psutil.Process] = []
         try:
             self._wait(process, lambda: self._reached(started) >= (resumed or 0) + moment.step)
+            members = members_of(process)  # now: looking for them takes longer than a small write
             if moment.inside:
                 self._wait(process, self._is_writing)
             else:
                 time.sleep(moment.after * self._step_seconds())
         finally:
-            kill_all(process)
+            kill_all(process, members)
         return Trial(resumed, self._reached(), self._is_writing())
 
     def _start(self) -> tuple[subprocess.Popen[bytes], int | None]:
@@ -198,7 +200,7 @@ class Run:
         return any(checkpoints_directory(self.work_dir).glob(DRAFTS))
 
     def _reached(self, since: float = 0) -> int:
-        """The last step of which there is a line, 0 where there is none from after `since` (seconds since the epoch)."""
+        """The last step of which there is a line; 0 where none is newer than `since`, in seconds since the epoch."""
         path = self.work_dir / METRICS
         is_new = path.exists() and path.stat().st_mtime > since  # an old one has lines that are computed again
         return max(read_metrics(self.work_dir), default=0) if is_new else 0
@@ -214,16 +216,20 @@ class Run:
         return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-NUM_SHOWN:])
 
 
-def kill_all(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL to a process and all that it has started: the launcher, ranks and their data workers."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
+def members_of(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """A process and all that it has started: the launcher, ranks and their data workers."""
+    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+
+
+def kill_all(process: "subprocess.Popen[bytes]", members: list[psutil.Process]) -> None:
+    """SIGKILL to those that were found, and to whatever else there is by now."""
+    for member in [*members, *members_of(process)]:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             continue
     process.wait()
-    psutil.wait_procs(family[1:], timeout=PATIENCE)
+    psutil.wait_procs([member for member in members if member.pid != process.pid], timeout=PATIENCE)
 
 
 def words(number: int, trial: Trial) -> str:
