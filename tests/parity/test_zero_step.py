@@ -189,6 +189,19 @@ def test_so_they_do_with_checkpointing_frozen_weights_offload_and_cut_sequences(
         assert_same(found, MORE)
 
 
+THREE_RANKS = [  # which divide no weight of the model; one has a micro-batch without documents
+    Case("zero3", num_packs=5),
+    Case("zero3", "AdamW", num_packs=5, model="tied"),
+    Case("zero1", "AdamW", num_packs=5),
+]
+
+
+@pytest.mark.slow
+def test_three_ranks_make_the_step_of_one_process():
+    for found in run_on_ranks(3, compare_all, THREE_RANKS):
+        assert_same(found, THREE_RANKS)
+
+
 FOUR_RANKS = [
     Case("zero3", "AdamW", num_packs=3, sequence_parallel=2),
     Case("zero3_hpz", "AdamW", num_accumulation_steps=1),

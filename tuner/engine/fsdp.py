@@ -65,26 +65,25 @@ class FullyShard(Stepping):
         return self.hold
 
     def hold(self, llm: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-        """Lend a model on the meta device its weights, layer by layer, until `spread` cuts them."""
+        """Lend a model on the meta device its weights, layer by layer, until `spread` reads each rank's rows."""
         self._lent = LentWeights(llm, outermost_layers(llm), weights, device=self.device, world=self.world)
 
     def spread(self, model: nn.Module) -> nn.Module:
-        """Cut every weight by rows, layer after layer: no GPU holds more than one of them whole."""
+        """Cut every weight by rows: of a model that was lent its weights, no rank holds more than one of them whole."""
         self._shards = build_shards(self.fsdp, self.world, self.device)
         policy = MixedPrecisionPolicy()
         if self.precision != "fp32":  # inputs stay: the residual stream is fp32 under autocast, as in Replicated
             policy = MixedPrecisionPolicy(PRECISIONS[self.precision], torch.float32, cast_forward_inputs=False)
         lent, self._lent = self._lent, None
         if lent is not None:
-            lent.remove()
+            lent.end()
         for layer in outermost_layers(model.get_submodule("llm")):
-            if lent is not None:
-                lent.hand_over(layer.parameters())
             fully_shard(layer, mesh=self._shards, mp_policy=policy)
-        del lent  # and with it the last reference to what the root cuts
         # The root is the method, not its llm: what it does with the head's weight beside the llm's forward lies
         # between the root's hooks, where that weight is whole and its gradient is waited for.
         self._root: FSDPModule = fully_shard(model, mesh=self._shards)
+        if lent is not None:
+            lent.fill()
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # a sum: losses of ranks are parts of one

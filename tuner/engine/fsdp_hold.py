@@ -1,13 +1,15 @@
-"""Weights on their way into FSDP2: a layer is read when it is called, until its rows are cut; no rank holds all."""
+"""Weights on their way into FSDP2: a layer is read when it is called, and then row by row; no rank holds all."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from tuner.engine.own_parts import own_rows
 from tuner.engine.world import World
 from tuner.engine.zero_hold import first_has, parameter_places, stored_dtypes
 
@@ -35,8 +37,9 @@ class LentWeights:
         self._weights, self._device, self._world = weights, device, world
         self._dtypes = stored_dtypes(llm, weights, world)
         self._names: dict[nn.Parameter, str] = {}
+        self._places = parameter_places(llm)
         self._handles: list[RemovableHandle] = []
-        for name, places in parameter_places(llm).items():
+        for name, places in self._places.items():
             meta = llm.get_parameter(name)
             parameter = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=meta.requires_grad)
             give_back([parameter])
@@ -57,17 +60,29 @@ class LentWeights:
                 storage.resize_(parameter.numel() * parameter.element_size())
                 parameter.data.copy_(self._read(self._names[parameter], parameter))  # unseen by autograd
 
-    def hand_over(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Read those that are not there, for good: whoever cuts them frees the whole."""
-        for parameter in parameters:
-            self.borrow([parameter])
-            del self._names[parameter]
-
-    def remove(self) -> None:
-        """From now on calls read nothing."""
+    def end(self) -> None:
+        """From now on calls read nothing, and of every weight only its shape is left: it is on the meta device."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for parameter, name in self._names.items():
+            self._put(name, torch.empty_like(parameter, device="meta"))
+        self._names = {}
+
+    def fill(self) -> None:
+        """Give the weights, which were cut on the meta device, this rank's rows, reading one after the other."""
+        for name, [(module, leaf), *_] in self._places.items():
+            cut = getattr(module, leaf)
+            assert isinstance(cut, DTensor)
+            own = self._read(name, cut)[own_rows(cut)].to(cut.dtype, copy=True)
+            layout = {"shape": cut.shape, "stride": cut.stride(), "run_check": False}
+            self._put(name, DTensor.from_local(own, cut.device_mesh, cut.placements, **layout))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """In all places of a weight."""
+        module, leaf = self._places[name][0]
+        parameter = nn.Parameter(tensor, requires_grad=getattr(module, leaf).requires_grad)
+        for module, leaf in self._places[name]:
+            setattr(module, leaf, parameter)
 
     def _read(self, name: str, like: Tensor) -> Tensor:
         return first_has(self._weights, name, like.shape, self._dtypes[name], self._device, self._world)

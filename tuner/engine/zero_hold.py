@@ -113,7 +113,8 @@ class GatheredOnCall:
 
     def _attach(self, module: nn.Module, own: list[nn.Parameter]) -> None:
         def gather(*_: Any) -> None:
-            own[0].all_gather(own)
+            for parameter in own:
+                parameter.all_gather_coalesced([parameter]).wait()  # `all_gather` would hold it twice for a moment
 
         def release(*_: Any) -> None:
             own[0].partition(own)
