@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from tuner.chat import ChatSession, generation
+from tuner.chat.session import ChatSession, generation
 from tuner.convert.to_hf import load_trained
 from tuner.dataset.chat_template import CHAT_TEMPLATES, render
 from tuner.dataset.tokenize import Encoder

@@ -279,17 +279,23 @@ cli.add_command(convert_group)
 
 
 @cli.command("chat")
-@click.argument("model_dir", type=click.Path())
+@click.argument("model_dir", type=click.Path(), metavar="MODEL|CHECKPOINT|ADAPTER")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="A LoRA on top of MODEL.")
 @click.option("--template", help="Chat template.  [default: found from the directory]")
 @click.option("--system", help="Text of the system turn.")
-@click.option("--tools", type=click.Path(path_type=Path), help="JSON file with function schemas; never executed.")
+@click.option("--tools", type=click.Path(path_type=Path), metavar="FILE.json", help="Function schemas.")
+@click.option("--tools-file", type=click.Path(path_type=Path), metavar="FILE.py", help="Functions that answer calls.")
+@click.option("--allow-code", is_flag=True, help="Run the model's Python, as you, with limits: see SECURITY.md.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @debug_option
 def chat_command(model_dir: str, **options: Any) -> None:
-    """Talk to a model on the terminal; tool calls are shown and never executed."""
-    from tuner.chat import chat
+    """Talk to a model on the terminal. Its tool calls are shown; you answer them, or your --tools-file does.
+
+    Without --tools-file and --allow-code nothing is executed.
+    """
+    from tuner.chat.command import chat
 
     chat(model_dir, **options)
 

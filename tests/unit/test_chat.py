@@ -8,7 +8,11 @@ import torch
 from jinja_families import LAST_TOOLS_FAMILY, own
 from small_tokenizer import write_directory
 
-from tuner.chat import ChatSession, ReplyPrinter, converse, describe_call, detect_template, generation, printable
+from tuner.chat.answers import Answers
+from tuner.chat.loading import detect_template
+from tuner.chat.session import ChatSession, ReplyPrinter, generation
+from tuner.chat.shown import describe_call, printable
+from tuner.chat.terminal import converse
 from tuner.dataset.jinja_template import resolve_template
 from tuner.errors import UserError
 from tuner.model.tokenizer import build_tokenizer
@@ -38,12 +42,12 @@ def tokenizer(tmp_path_factory):
     return build_tokenizer(str(write_directory(tmp_path_factory.mktemp("model"))))
 
 
-def talk(tokenizer, monkeypatch, capsys, lines, replies, tools=(), template="internlm2"):
+def talk(tokenizer, monkeypatch, capsys, lines, replies, tools=(), template="internlm2", answers=None):
     """Run a whole chat on scripted input; returns what was printed and the prompts as text."""
     llm = ScriptedModel(tokenizer, replies)
     session = ChatSession(llm, tokenizer, template=resolve_template(template, tokenizer), generation={})
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    converse(session, [], list(tools))
+    converse(session, [], answers or Answers(tools))
     prompts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in llm.prompts]
     return capsys.readouterr().out, prompts, llm.prompts
 

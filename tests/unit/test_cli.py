@@ -31,20 +31,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple, dict]]:
         monkeypatch.setitem(sys.modules, module, fake)
 
     stand_in("tuner.train", "train")
-    stand_in("tuner.chat", "chat")
+    stand_in("tuner.chat.command", "chat")
     stand_in("tuner.convert.to_hf", "convert")
     return made
 
 
 def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Let `tuner chat` raise."""
-    fake: Any = ModuleType("tuner.chat")
+    fake: Any = ModuleType("tuner.chat.command")
 
     def chat(*args: Any, **kwargs: Any) -> None:
         raise error
 
     fake.chat = chat
-    monkeypatch.setitem(sys.modules, "tuner.chat", fake)
+    monkeypatch.setitem(sys.modules, "tuner.chat.command", fake)
 
 
 def trained(calls: list[tuple[str, tuple, dict]]) -> tuple[str, dict]:
@@ -237,8 +237,11 @@ def test_convert_and_chat_hand_over_what_was_asked(calls: list):
     assert run(["convert", "work", "out", "--dtype", "bf16"]) == 0
     assert run(["chat", "model", "--system", "你好", "--temperature", "0.5", "--seed", "2"]) == 0
     assert calls[0] == ("convert", (Path("work"), Path("out")), {"dtype": "bfloat16"})
-    asked = {"template": None, "system": "你好", "tools": None, "max_new_tokens": 512, "temperature": 0.5, "seed": 2}
-    assert calls[1] == ("chat", ("model",), asked)
+    name, arguments, asked = calls[1]
+    assert (name, arguments) == ("chat", ("model",))
+    given = {"system": "你好", "max_new_tokens": 512, "temperature": 0.5, "seed": 2, "allow_code": False}
+    others = dict.fromkeys(("adapter", "template", "tools", "tools_file"))
+    assert asked == {**given, **others}
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture):

@@ -6,8 +6,8 @@ import json
 import pytest
 from lint_samples import PROSE, answer, call, function, result, talk
 
+from tuner.dataset.json_schema import mismatches, unknown_names
 from tuner.lint.findings import Finding, Report, redact
-from tuner.lint.schema import mismatches, unknown_names
 from tuner.lint.subject import NO_BOUND, Size, from_sample
 from tuner.lint.together import MIN_SAME, TOGETHER, facts_of, join
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tuner.dataset.json_schema import mismatches, unknown_names
 from tuner.dataset.messages import (
     ROLES,
     Message,
@@ -14,7 +15,6 @@ from tuner.dataset.messages import (
     results_after,
 )
 from tuner.lint.findings import Problem, error, excerpt, note, warning
-from tuner.lint.schema import mismatches, unknown_names
 from tuner.lint.subject import Subject, arguments_of
 from tuner.nearest import nearest
 

@@ -47,22 +47,56 @@ def check_weights(path: str) -> None:
     """Refuse a model directory whose weights cannot be read, or only by running the code in a pickle.
 
     Raises:
-        UserError: no weights, only pickles, missing shards, or git-lfs pointers in their place.
+        UserError: no weights, only pickles, missing shards, git-lfs pointers in their place, or an index or links that
+            lead out of the directory.
     """
     place = Path(path)
     if not (place / WEIGHTS).exists() and not (place / WEIGHTS_INDEX).exists():
         raise UserError(_without_safetensors(place))
     shards = _shards(place)
+    for name in shards:
+        check_inside(place, name)
     if absent := [name for name in shards if not (place / name).exists()]:
         raise UserError(
             f"{path!r} lacks {len(absent)} of its {len(shards)} weight files ({', '.join(absent[:3])}). "
             "The download is incomplete: fetch them again."
         )
     for name in shards:
-        with open(place / name, "rb") as file:
+        with open(inside(place, name), "rb") as file:
             is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
         if is_pointer:
             raise UserError(f"{str(place / name)!r} is a git-lfs pointer, not weights. Run `git lfs pull` in {path!r}.")
+
+
+def weight_files(path: str) -> list[Path]:
+    """The files of a model directory that hold its weights. Raises UserError as `check_weights` does."""
+    check_weights(path)
+    return [Path(path) / name for name in _shards(Path(path))]
+
+
+def check_inside(directory: Path, name: str) -> None:
+    """Refuse a name in an index by which a file elsewhere, or one of another kind, would be read."""
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise UserError(
+            f"{str(directory / WEIGHTS_INDEX)!r} names {name!r}. Only safetensors files beside it are read, by their "
+            "plain names."
+        )
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file of the directory; a link is followed only inside the hub's own cache.
+
+    Raises:
+        UserError: it is a link that leads anywhere else.
+    """
+    path = directory / name
+    if not path.is_symlink():
+        return path
+    target, snapshot = path.resolve(), directory.resolve()
+    blobs = snapshot.parent.parent / "blobs"  # models--OWNER--NAME/snapshots/COMMIT/FILE -> .../blobs/HASH
+    if snapshot.parent.name == "snapshots" and target.parent == blobs:
+        return path
+    raise UserError(f"{path} is a link to {target}. Give a directory that holds the files themselves.")
 
 
 def nearest_directory(missing: Path) -> str:
@@ -78,9 +112,11 @@ def _shards(place: Path) -> list[str]:
     if (place / WEIGHTS).exists():
         return [WEIGHTS]
     try:
-        weight_map = json.loads((place / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(inside(place, WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(place / WEIGHTS_INDEX)!r} is no index of weights: {error!r}. Fetch it again.") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{str(place / WEIGHTS_INDEX)!r} names no file for each weight. Fetch it again.")
     return sorted(set(weight_map.values()))
 
 

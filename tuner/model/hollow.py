@@ -10,6 +10,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tuner.model.directory import weight_files
+
 Hold = Callable[[PreTrainedModel, Mapping[str, Tensor]], None]
 """takes a hollow model, and its parameters and persistent buffers by name, and replaces each"""
 
@@ -51,7 +53,7 @@ class StoredWeights(Mapping[str, Tensor]):
             directory = Path(snapshot_download(path, allow_patterns=patterns, local_files_only=is_offline))
         self._places: dict[str, Path] = {}
         self.shapes: dict[str, torch.Size] = {}
-        for file in sorted(directory.glob("*.safetensors")):
+        for file in weight_files(str(directory)):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     self._places[name] = file

@@ -1,0 +1,163 @@
+"""What is talked to: a model directory, a checkpoint or a work dir, perhaps with an adapter; never code or pickles."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tuner.dataset.chat_template import CHAT_TEMPLATES, ChatTemplate
+from tuner.dataset.jinja_template import recognise, resolve_template
+from tuner.dataset.templates import trained_with
+from tuner.engine.checkpoint import MANIFEST, checkpoints_directory, find_checkpoint, verify_checkpoint
+from tuner.engine.tensor_files import WEIGHTS, TensorFiles
+from tuner.errors import UserError
+from tuner.model.adapter_directory import check_adapter_weights, is_adapter, read_adapter_config
+from tuner.model.build import build_llm
+from tuner.model.hollow import Hold
+from tuner.model.tokenizer import build_tokenizer
+
+TEMPLATE_NOTE = "template.json"
+
+
+class Source(NamedTuple):
+    """Where a model comes from. `checkpoint` is one of ours, whose hf/ has everything but weights."""
+
+    base: str  # a place that `build_llm` takes
+    adapter: Path | None = None
+    checkpoint: Path | None = None
+    is_named_by_adapter: bool = False
+
+    @property
+    def places(self) -> list[str]:
+        """Where files beside the weights are looked for, in this order: an adapter may bring its own."""
+        return [str(self.adapter), self.base] if self.adapter is not None else [self.base]
+
+
+def find_source(model_dir: str, adapter: Path | None) -> Source:
+    """What `tuner chat MODEL [--adapter DIR]` means.
+
+    Raises:
+        UserError: an adapter in the place of a model beside another, or one whose base is not named.
+    """
+    if adapter is not None:
+        if is_adapter(Path(model_dir)):
+            raise UserError(f"{model_dir} is an adapter itself. Give its base model: tuner chat BASE --adapter DIR")
+        return Source(model_dir, trained_directory(adapter) if is_trained_here(adapter) else adapter)
+    path = Path(model_dir)
+    place = trained_directory(path) if is_trained_here(path) else path
+    if not is_adapter(place):
+        return Source(str(place), checkpoint=place.parent) if place is not path else Source(model_dir)
+    base = read_adapter_config(place).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{place} does not name its base model. Give both: tuner chat BASE --adapter {model_dir}")
+    return Source(base, place, is_named_by_adapter=True)
+
+
+def is_trained_here(path: Path) -> bool:
+    """Whether a path is a checkpoint of ours, a work dir, or the checkpoints of one."""
+    return (path / MANIFEST).is_file() or checkpoints_directory(path).is_dir() or path.name == "checkpoints"
+
+
+def trained_directory(path: Path) -> Path:
+    """hf/ of the newest checkpoint in a path, of which every byte is as it was saved; no config in it is run."""
+    checkpoint = find_checkpoint(path)
+    verify_checkpoint(checkpoint)
+    return checkpoint / "hf"
+
+
+def load_llm(source: Source) -> PreTrainedModel:
+    """The model of a source, in evaluation mode, on a GPU in bf16 where there is one, else on the CPU in fp32."""
+    if source.checkpoint is None:
+        llm = build_llm(source.base)
+    else:
+        llm = build_llm(source.base, weights="random", hold=fill(source.checkpoint))  # none is drawn: all are read
+    if source.adapter is not None:
+        llm = add_adapter(llm, source.adapter)
+    if torch.cuda.is_available():
+        for parameter in llm.parameters():  # buffers keep their dtype: rotary frequencies are fp32 in every model
+            parameter.data = parameter.data.to("cuda", torch.bfloat16)
+        llm = llm.to("cuda")
+    return llm.eval()
+
+
+def fill(checkpoint: Path) -> Hold:
+    """Puts the tensors of a checkpoint into a model that has none yet."""
+
+    def hold(llm: PreTrainedModel, _: Mapping[str, Tensor]) -> None:
+        tensors = {name: tensor.float() for name, tensor in TensorFiles(checkpoint, WEIGHTS).items()}
+        missing, unexpected = llm.load_state_dict(tensors, strict=False, assign=True)
+        llm.tie_weights()
+        if unexpected or any(parameter.is_meta for parameter in llm.parameters()):
+            raise UserError(f"The weights of {checkpoint} do not fit its config.json: {[*missing, *unexpected][:5]}.")
+
+    return hold
+
+
+def add_adapter(llm: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """The model with an adapter, unmerged: every weight of the adapter must have its place, and every place its weight.
+
+    Raises:
+        UserError: it is no LoRA in safetensors, or belongs to another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict  # seconds to import, for a chat without one
+
+    read_adapter_config(directory)
+    file = check_adapter_weights(directory)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            given = set(opened.keys())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing weights, which are refused below
+            model = PeftModel.from_pretrained(llm, str(directory), is_trainable=False)
+    except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"The adapter {directory} does not fit this model: {str(error).splitlines()[0]}") from error
+    meant = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if wrong := sorted(given ^ meant):
+        raise UserError(
+            f"The adapter {directory} does not fit this model: {len(given - meant)} of its {len(given)} weights have "
+            f"no place, {len(meant - given)} places have no weight, such as {wrong[0]}. Name its own base."
+        )
+    return model
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
+    """The adapter's own tokenizer where it brings one, else the base's."""
+    own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
+    return build_tokenizer(str(source.adapter) if own else source.base)
+
+
+def load_template(source: Source, tokenizer: PreTrainedTokenizerFast, name: str | None) -> ChatTemplate:
+    """The template of that name; without one, what training noted beside the adapter or the model decides."""
+    if name:
+        return resolve_template(name, tokenizer)
+    noted = [place for place in source.places if (Path(place) / TEMPLATE_NOTE).is_file()]
+    return detect_template(noted[0] if noted else source.base, tokenizer)
+
+
+def detect_template(model_dir: str, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+    """The template that a conversion noted, or the one that suits the tokenizer and what it writes itself."""
+    note = Path(model_dir) / TEMPLATE_NOTE
+    if note.is_file() and (found := read_note(note))["chat_template"]:
+        template = resolve_template(found["chat_template"], tokenizer)
+        return trained_with(template, found.get("parallel_tool_calls", "template"))
+    if tokenizer.chat_template is not None:
+        return resolve_template("auto", tokenizer)
+    fitting = recognise(tokenizer)
+    if fitting is None:
+        raise UserError(f"no chat template fits the tokenizer of {model_dir}; name one of {', '.join(CHAT_TEMPLATES)}.")
+    return fitting
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What a conversion or a checkpoint noted of the template that was trained."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return {**note, "chat_template": note["chat_template"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}). Name the template: --template NAME") from error
