@@ -7,9 +7,22 @@ from typing import NamedTuple
 import torch
 
 Gradients = Mapping[str, torch.Tensor]
-NEGLIGIBLE = 1e-6
-"""of the whole gradient's norm: what a parameter is measured by that has less, as a bias whose gradient must vanish"""
-TOLERANCE = 1e-9
+
+
+class Tolerance(NamedTuple):
+    """What arithmetic in a dtype may make of a gradient."""
+
+    apart: float  # relative
+    negligible: float
+    """of the whole gradient's norm: what a parameter is measured by that has less, as a bias whose gradient vanishes"""
+
+    def holds(self, apart: float) -> bool:
+        """Whether a relative difference is no more than rounding; NaN is not."""
+        return apart <= self.apart
+
+
+EXACT = Tolerance(1e-9, 1e-6)  # float64
+ROUNDED = Tolerance(1e-5, 1e-2)  # float32
 
 
 class Difference(NamedTuple):
@@ -21,20 +34,20 @@ class Difference(NamedTuple):
     apart: float
 
 
-def compare(got: Gradients, expected: Gradients) -> list[Difference]:
-    """One for each parameter that either has a gradient for."""
-    total = norm(torch.stack([norm(gradient) for gradient in expected.values()])).item()
+def compare(got: Gradients, expected: Gradients, tolerance: Tolerance = EXACT) -> list[Difference]:
+    """One for each parameter that either has a gradient for; both are in float64."""
+    least = tolerance.negligible * norm(torch.stack([norm(gradient) for gradient in expected.values()])).item()
     found = []
     for name in dict.fromkeys([*expected, *got]):
         own, meant = got.get(name), expected.get(name)
         zero = torch.zeros_like(own if meant is None else meant)
-        found.append(_difference(name, zero if own is None else own, zero if meant is None else meant, total))
+        found.append(_difference(name, zero if own is None else own, zero if meant is None else meant, least))
     return found
 
 
-def _difference(name: str, own: torch.Tensor, meant: torch.Tensor, total: float) -> Difference:
+def _difference(name: str, own: torch.Tensor, meant: torch.Tensor, least: float) -> Difference:
     own_norm, meant_norm = norm(own).item(), norm(meant).item()
-    apart = norm(own - meant).item() / max(meant_norm, NEGLIGIBLE * total)
+    apart = norm(own - meant).item() / max(meant_norm, least)
     if own_norm == meant_norm == 0:
         return Difference(name, 1.0, 1.0, apart)
     ratio = own_norm / meant_norm if meant_norm else math.inf
@@ -45,11 +58,6 @@ def _difference(name: str, own: torch.Tensor, meant: torch.Tensor, total: float)
 def norm(gradient: torch.Tensor) -> torch.Tensor:
     """() L2 norm, in float64."""
     return torch.linalg.vector_norm(gradient, dtype=torch.float64)
-
-
-def is_close(apart: float) -> bool:
-    """Whether a relative difference is no more than rounding; NaN is not."""
-    return apart <= TOLERANCE
 
 
 def worst(found: Iterable[Iterable[Difference]]) -> list[Difference]:

@@ -171,6 +171,7 @@ class Run:
         members: list[psutil.Process] = []
         try:
             self._wait(process, lambda: self._reached(started) >= (resumed or 0) + moment.step)
+            self._wait(process, lambda: self._newest() > (resumed or 0))  # else all kills could end the same stretch
             members = members_of(process)  # now: looking for them takes longer than a small write
             if moment.inside:
                 self._wait(process, self._is_writing)
@@ -181,11 +182,14 @@ class Run:
         return Trial(resumed, self._reached(), self._is_writing())
 
     def _start(self) -> tuple[subprocess.Popen[bytes], int | None]:
-        present = list_checkpoints(self.work_dir)
-        command = [*self._command, *(["--resume"] if present else [])]
+        newest = self._newest()
+        command = [*self._command, *(["--resume"] if newest else [])]
         with self._log.open("ab") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        return process, step_of(present[-1]) if present else None
+        return process, newest or None
+
+    def _newest(self) -> int:
+        return max(map(step_of, list_checkpoints(self.work_dir)), default=0)
 
     def _wait(self, process: "subprocess.Popen[bytes]", is_so: Any) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -223,11 +227,12 @@ def members_of(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 
 def kill_all(process: "subprocess.Popen[bytes]", members: list[psutil.Process]) -> None:
     """SIGKILL to those that were found, and to whatever else there is by now."""
-    for member in [*members, *members_of(process)]:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
+    for found in (lambda: members, lambda: members_of(process)):
+        for member in found():
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
     process.wait()
     psutil.wait_procs([member for member in members if member.pid != process.pid], timeout=PATIENCE)
 

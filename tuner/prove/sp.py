@@ -24,7 +24,8 @@ from tuner.prove.documents import (
     short_documents,
     train_last_shard,
 )
-from tuner.prove.gradients import TOLERANCE, is_close, table, worst
+from tuner.prove.gradients import Tolerance, table, worst
+from tuner.prove.holding import read_holding
 from tuner.prove.processes import on_ranks
 from tuner.prove.small_model import (
     HEAD_SIZE,
@@ -66,9 +67,10 @@ def check_sp(source: str, *, name: str = "config.py", **options: Any) -> int:
     """
     started, wanted = time.monotonic(), Options(**options)
     config = loads(source, name)
-    check(config, DATA_PARTS)
+    check(config, {*DATA_PARTS, "strategy", "optim_wrapper"})
     strategy = config.get("strategy") or {}
     own_sp = strategy.get("sequence_parallel_size", 1)
+    holding = read_holding(strategy)
     degrees = read_degrees(read_sp(wanted.sp) if wanted.sp is not None else own_sp)
     num_ranks = wanted.ranks if wanted.ranks is not None else max(2, degrees.size)
     if num_ranks < 1:
@@ -80,11 +82,11 @@ def check_sp(source: str, *, name: str = "config.py", **options: Any) -> int:
     ranks = "rank" if num_ranks == 1 else "ranks"
     print(f"{name}: is a step's gradient the same when it is spread over {num_ranks} {ranks}?")
     print(f"  model   {describe(family)}")
-    print(f"  weights {where_weights_are(strategy)}")
+    print(f"  weights {holding.words}")
     steps = choose_steps(config, degrees, num_ranks, wanted)
     with tempfile.TemporaryDirectory(prefix="tuner-prove-") as directory:
         model = write_model(narrow(family), Path(directory))
-        job = Job(source, name, model, attention, degrees, strategy.get("fsdp"), steps, wanted.scale_loss)
+        job = Job(source, name, model, attention, degrees, holding, steps, wanted.scale_loss)
         losses = expect(config, job)
         print(
             f"  {time.monotonic() - started:6.1f} s  one process has done it, document by document; {num_ranks} start",
@@ -92,12 +94,13 @@ def check_sp(source: str, *, name: str = "config.py", **options: Any) -> int:
         )
         outcomes = on_ranks(num_ranks, outcomes_on_rank, job)
     print(f"  {time.monotonic() - started:6.1f} s  {num_ranks} processes have done it", flush=True)
-    good = [report(placement, losses[placement], [found[placement] for found in outcomes]) for placement in steps]
+    tolerance = holding.tolerance
+    good = [report(name, losses[name], [found[name] for found in outcomes], tolerance) for name in steps]
     seconds = f"{time.monotonic() - started:.0f} s"
     if all(good):
-        print(f"\nThe same: no parameter's gradient is more than {TOLERANCE:g} apart, nor is the loss. {seconds}")
+        print(f"\nThe same: no parameter's gradient is more than {tolerance.apart:g} apart, nor is the loss. {seconds}")
         return 0
-    print(f"\nNOT THE SAME (allowed is {TOLERANCE:g}): what is trained depends on how it is spread. {seconds}")
+    print(f"\nNOT THE SAME (allowed is {tolerance.apart:g}): what is trained depends on how it is spread. {seconds}")
     return EXIT_DIFFERS
 
 
@@ -111,20 +114,11 @@ def read_sp(text: str) -> int | dict[str, int]:
     return {name: int(number) for name, number in pairs}
 
 
-def where_weights_are(strategy: Any) -> str:
-    """How ranks hold the model in this proof, in words."""
-    if strategy.get("fsdp") is not None:
-        return f"cut over the ranks by FSDP2 ({strategy['fsdp']})"
-    if strategy.get("deepspeed") is not None:
-        return "whole on every rank: DeepSpeed's ZeRO has no float64, so this check leaves it out"
-    return "whole on every rank"
-
-
 def describe(family: Family) -> str:
     """The small model in a line."""
     return (
         f"{type(family.config).__name__} made small: {family.num_heads} heads and {family.num_kv_heads} kv heads as in "
-        f"config.json, of {HEAD_SIZE}; {NUM_TOKEN_IDS} token ids, random weights, float64"
+        f"config.json, of {HEAD_SIZE}; {NUM_TOKEN_IDS} token ids, random weights"
     )
 
 
@@ -167,11 +161,11 @@ def expect(config: Any, job: Job) -> dict[str, float]:
     return losses
 
 
-def report(placement: str, expected: float, outcomes: list[Outcome]) -> bool:
+def report(placement: str, expected: float, outcomes: list[Outcome], tolerance: Tolerance) -> bool:
     """Print what the ranks found for a placement; whether it is the same step."""
     apart = max(abs(outcome.loss - expected) / abs(expected) for outcome in outcomes)
     differences = worst(outcome.differences for outcome in outcomes)
     print(f"\ntrained: {PLACEMENTS[placement]}")
     print(f"  loss {outcomes[0].loss:.12f}, by definition {expected:.12f}, ratio {outcomes[0].loss / expected:.12f}")
     print("\n".join(table(differences, NUM_ROWS)))
-    return is_close(apart) and all(is_close(difference.apart) for difference in differences)
+    return tolerance.holds(apart) and all(tolerance.holds(difference.apart) for difference in differences)

@@ -1,26 +1,25 @@
 """One step, twice: by the definition of the loss, document by document, and spread over ranks as in training."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.optim import SGD
 
 from tuner.config import loads
 from tuner.dataset.sampler import StepSampler
-from tuner.engine.fsdp import FullyShard
-from tuner.engine.own_parts import whole
-from tuner.engine.replicated import Replicated
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.stepping import Stepping
+from tuner.engine.strategy import Batch, Strategy
 from tuner.engine.world import World
 from tuner.method.sft import SFT
 from tuner.parallel.mesh import Degrees, build_mesh
 from tuner.prove.documents import Step
-from tuner.prove.gradients import Difference, Gradients, compare
+from tuner.prove.gradients import Difference, compare
+from tuner.prove.holding import Holding, gradients_of_step, telling_optimizer
 from tuner.prove.small_model import Float64, build_small
 
 
@@ -32,7 +31,7 @@ class Job(NamedTuple):
     model: Path  # directory of the small model; the expected gradients lie in it
     attention: str
     degrees: Degrees
-    fsdp: Literal["full", "hybrid"] | None  # how FSDP2 cuts the weights; None has them whole on every rank
+    holding: Holding
     steps: Mapping[str, Step]  # by where the trained tokens lie
     scale_loss: float  # 1; another number is a mistake made on purpose
 
@@ -65,13 +64,8 @@ def by_definition(method: SFT, step: Step) -> tuple[float, dict[str, torch.Tenso
         loss = (losses * weights).sum() / num_loss_tokens
         loss.backward()
         total += loss.item()
-    return total, gradients_of(method)
-
-
-def gradients_of(method: SFT) -> dict[str, torch.Tensor]:
-    """A copy of what each parameter has, whole; where ranks have rows of it, all of them must ask."""
-    named = method.named_parameters()
-    return {name: grad.clone() for name, grad in whole((n, p.grad) for n, p in named if p.grad is not None)}
+    gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
+    return total, {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
 
 def expected_path(model: Path, placement: str) -> Path:
@@ -83,38 +77,35 @@ def outcomes_on_rank(job: Job) -> dict[str, Outcome]:
     """Do the steps of a job as this rank of the process group."""
     config = loads(job.source, job.name)
     rank, size = dist.get_rank(), dist.get_world_size()
-    strategy = choose_strategy(job)
+    tell_rank(rank, size)
+    strategy = job.holding.strategy(job.degrees._asdict(), job.model)
     strategy.place(World(rank, size, rank, size), build_mesh(job.degrees))
-    method = build_small(config, job.model, attention=job.attention, dtype=torch.float64)
+    method = build_small(config, job.model, attention=job.attention, dtype=job.holding.dtype)
     if job.degrees.size > 1:
         method.cut_sequences(strategy.mesh)
     strategy.prepare(
         method,
-        optim_wrapper={"optimizer": {"type": SGD, "lr": 0.0}},
+        optim_wrapper={"optimizer": telling_optimizer(strategy)},
         param_scheduler=WarmupCosine(warmup_ratio=0, min_lr_ratio=1),
         num_steps=len(job.steps),
     )
-    found: dict[str, torch.Tensor] = {}
-    strategy.optimizer.register_step_pre_hook(lambda *_: found.update(gradients_of(method)))
     outcomes = {}
     for placement, step in job.steps.items():
-        loss = do_step(strategy, step, job.scale_loss)
-        expected: Gradients = torch.load(expected_path(job.model, placement), weights_only=True)
-        outcomes[placement] = Outcome(loss, compare(found, expected))
-        found.clear()
+        with Float64() if job.holding.dtype == torch.float64 else nullcontext():
+            loss, found = gradients_of_step(strategy, batches_of_rank(strategy, step, job.scale_loss))
+        expected = torch.load(expected_path(job.model, placement), weights_only=True)
+        outcomes[placement] = Outcome(loss, compare(found, expected, job.holding.tolerance))
     return outcomes
 
 
-def choose_strategy(job: Job) -> Stepping:
-    """That of training, on a CPU; all it computes is in the dtype of the model."""
-    sizes = job.degrees._asdict()
-    if job.fsdp is None:
-        return Replicated(precision="fp32", sequence_parallel_size=sizes, device="cpu")
-    return FullyShard(fsdp=job.fsdp, precision="fp32", sequence_parallel_size=sizes, device="cpu")
+def tell_rank(rank: int, size: int) -> None:
+    """Say in the environment what launchers say there, for libraries that look for it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    os.environ.update(zip(names, map(str, (rank, size, rank, size))))
 
 
-def do_step(strategy: Stepping, step: Step, scale_loss: float) -> float:
-    """The optimizer step of this rank; returns the loss of all ranks."""
+def batches_of_rank(strategy: Strategy, step: Step, scale_loss: float) -> Sequence[Batch]:
+    """The micro-batches of this rank."""
     num_parts = strategy.degrees.size
     num_replicas = strategy.world.size // num_parts
     sampler = StepSampler(
@@ -126,5 +117,4 @@ def do_step(strategy: Stepping, step: Step, scale_loss: float) -> float:
     batches = step.batches(sampler.plan(0), num_parts)
     for batch in batches:
         batch["num_loss_tokens"] /= scale_loss
-    with Float64():
-        return strategy.train_step(batches).loss
+    return batches
