@@ -95,7 +95,7 @@ def launch_options(command: F) -> F:
         click.option("--master", metavar="HOST[:PORT]", help="Where the first machine is found by the others."),
         click.option("--max-restarts", type=int, default=0, show_default=True, help="Starts after a rank has failed."),
         click.option("--node-timeout", type=float, default=900, show_default=True, help="Seconds for all to come."),
-        click.option("--grace", type=float, default=600, show_default=True, help="Seconds to save after SIGTERM."),
+        click.option("--grace", type=float, default=600, show_default=True, help="Seconds to save after a signal."),
         click.option(
             "--launcher",
             type=click.Choice(["none", "pytorch", "slurm"]),

@@ -8,5 +8,9 @@ class UserError(ValueError):
     """
 
 
+class StoppedError(Exception):
+    """A run was asked to end before its last step, and has saved; the command line exits with code 75."""
+
+
 class LostRankError(RuntimeError):
     """Ranks waited for one that did not come; the message names it, and the command line exits with code 3."""

@@ -16,6 +16,8 @@ from typing import NamedTuple
 from tuner.errors import LostRankError, UserError
 
 EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_SAVED = 75
+"""of a run that was told to end and has saved: start it again with --resume"""
 LAUNCH_DIR = "TUNER_LAUNCH_DIR"
 """set for the ranks that `tuner train --nproc N` starts: where each writes what stopped it, for the launcher to tell"""
 PLACE_SIZE = 1024  # bytes

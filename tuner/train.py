@@ -26,7 +26,7 @@ from tuner.engine.together import from_first
 from tuner.engine.watch import Patience, watched
 from tuner.engine.work_dir import check_shared, choose_checkpoints, locked, write_config
 from tuner.engine.world import World, joined, read_world
-from tuner.errors import UserError
+from tuner.errors import StoppedError, UserError
 from tuner.model.build import build_llm
 from tuner.model.hollow import Hold
 from tuner.parallel.mesh import Layout, arrange, build_mesh
@@ -43,6 +43,7 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
 
     Raises:
         UserError: whatever the user can mend, before the first step where it can be known by then.
+        StoppedError: a signal or the stop file ended the run early; all is saved.
     """
     config = loads(source, name)
     check(config)
@@ -58,9 +59,12 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
             checkpoints = from_first(checkpoints, world)
             check_shared(work_dir, world)
             prepared.strategy.place(world, build_mesh(prepared.strategy.degrees))
-            build_runner(config, prepared, source, settings, work_dir=work_dir, checkpoints=checkpoints).train()
+            runner = build_runner(config, prepared, source, settings, work_dir=work_dir, checkpoints=checkpoints)
+            runner.train()
         if world.is_first:
             save_ledger(prepared.dataloader, work_dir)  # a stream's has grown
+    if runner.train_loop.stopped_by:
+        raise StoppedError(runner.train_loop.stopped_by)
     return work_dir
 
 

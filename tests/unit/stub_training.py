@@ -139,6 +139,7 @@ def make_runner(
     attention_dropout: float = 0.0,
     strategy: Replicated | None = None,
     llm: nn.Module | None = None,
+    loop: dict[str, Any] | None = None,
 ) -> Runner:
     """6 steps of 3 micro-batches over two epochs, all objects new, unless told otherwise."""
     seed_everything(0)
@@ -152,7 +153,7 @@ def make_runner(
         optim_wrapper={"optimizer": {"type": AdamW, "lr": 1e-2}, "clip_grad": {"max_norm": 1.0}},
         schedule=WarmupCosine(warmup_ratio=0.3, min_lr_ratio=0.1),
         strategy=strategy or Replicated(precision="fp32"),
-        train_cfg={"type": TrainLoop},
+        train_cfg={"type": TrainLoop, **(loop or {})},
         hooks=[MetricsHook(interval=1), CheckpointHook(interval=3)] if hooks is None else hooks,
     )
     record = RunRecord("seed = 0\n", settings or {"seed": 0}, tiny_tokenizer(), "internlm2")

@@ -49,8 +49,9 @@ class StopHook(MetricsHook):
 
 def trace(work_dir: Path) -> list[tuple]:
     rows = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["epoch"], row["loss"].hex(), row["lr"].hex(), row["grad_norm"].hex(),
-             row["trained_tokens"]) for row in rows]  # fmt: skip
+    norms = [None if row["grad_norm"] is None else row["grad_norm"].hex() for row in rows]  # None: an overflow
+    return [(row["step"], row["epoch"], row["loss"].hex(), row["lr"].hex(), norm, row["trained_tokens"])
+            for row, norm in zip(rows, norms)]  # fmt: skip
 
 
 def chat_hook(monkeypatch) -> SampleChatHook:
@@ -310,6 +311,18 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_differences(tmp_path)
         make_runner(tmp_path / "other", llm=other, checkpoint=checkpoint_path(tmp_path, 3)).train()
 
 
+def test_a_model_that_computes_otherwise_and_another_tokenizer_are_refused_with_what_differs(tmp_path):
+    make_runner(tmp_path).train()
+    path, other = checkpoint_path(tmp_path, 3), tiny_llm()
+    other.config.rms_norm_eps = 0.25
+    with pytest.raises(UserError, match=r"another model \(1 differences\): rms_norm_eps was 1e-06 and is 0.25\."):
+        make_runner(tmp_path / "other", llm=other, checkpoint=path).train()
+    runner = make_runner(tmp_path / "other", checkpoint=path)
+    runner.record.tokenizer.add_tokens(["new"])
+    with pytest.raises(UserError, match=r"another tokenizer \(2 differences\): tokens was 64 and is 65"):
+        runner.train()
+
+
 def test_resuming_a_finished_run_trains_nothing_more(tmp_path):
     make_runner(tmp_path).train()
     before = trace(tmp_path)
@@ -317,7 +330,7 @@ def test_resuming_a_finished_run_trains_nothing_more(tmp_path):
     assert trace(tmp_path) == before
 
 
-def test_a_loss_that_becomes_nan_ends_the_run_with_the_documents_saved(tmp_path):
+def test_a_loss_that_becomes_nan_ends_the_run_where_asked_to_with_the_documents_saved(tmp_path):
     llm = tiny_llm()
 
     def poison(module, inputs):
@@ -325,10 +338,10 @@ def test_a_loss_that_becomes_nan_ends_the_run_with_the_documents_saved(tmp_path)
             return (inputs[0] * float("nan"),)
 
     llm.lm_head.register_forward_pre_hook(poison)
-    runner = make_runner(tmp_path, llm=llm)
-    with pytest.raises(NonFiniteError, match=r"Step 4 of 6 is not finite \(loss nan"):
+    runner = make_runner(tmp_path, llm=llm, loop={"on_nonfinite": "stop"})
+    with pytest.raises(NonFiniteError, match=r"Step 5 of 6 is not finite \(loss nan"):
         runner.train()
-    report = json.loads((tmp_path / "nonfinite_step_4.json").read_text())
+    report = json.loads((tmp_path / "nonfinite_step_5.json").read_text())
     loader = runner.train_loop.dataloader
     assert report["documents"] == loader.dataset.document_ids(loader.sampler.plan(4))
     assert len(report["documents"]) == 6

@@ -198,14 +198,16 @@ def test_waiting_counts_as_idle_and_computing_does_not():
 def test_a_tally_sums_counts_and_compares_ranks():
     import torch
 
-    rows = [Own(0.5, 3, 10, 300, 0.2, 1.0, 7), Own(0.25, 3, 10, 300, 0.1, 3.0, 9), Own(1.0, 1, 8, 100, 0, 2.0, 8)]
+    rows = [Own(0.5, 3, 10, 300, 0.2, 1.0, 7), Own(0.25, 3, 10, 300, 0.1, 3.0, 9, 15), Own(1.0, 1, 8, 100, 0, 2.0, 8)]
     table = [number for row in rows for number in gather_rows(row, torch.tensor(row.loss), World()).flatten().tolist()]
     one = tally(table, 1)
     assert (one.loss, one.num_loss_tokens, one.num_tokens, one.sum_squared_lengths) == (1.75, 7, 28, 700)
     assert one.imbalance == pytest.approx(900 / 700)
     assert (one.data_seconds, one.wait_seconds, one.least_wait_seconds) == (0.2, 2.0, 1.0)
     assert (one.memory_bytes, one.memory_rank) == (9, 1)
-    assert tally(table[:14], 2).num_tokens == 10, "two ranks that share a sequence have its tokens once"
+    assert (one.stop, one.stop_rank, one.nonfinite_ranks) == (15, 1, ())
+    assert tally([float("nan"), *table[1:]], 1).nonfinite_ranks == (0,)
+    assert tally(table[:16], 2).num_tokens == 10, "two ranks that share a sequence have its tokens once"
 
 
 def test_the_error_is_told_whole_and_has_a_code_of_its_own():

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from tuner.dataset.collate import Batch, collate_packs, num_padding
 from tuner.dataset.contributions import contributions, contributions_table, share_starts
+from tuner.dataset.group_signals import obey_parent_only
 from tuner.dataset.ledger import Count, Ledger
 from tuner.dataset.mixture import Mixture
 from tuner.dataset.packing import IntArray, Packs, pack, pack_each
@@ -127,7 +128,14 @@ def build_dataloader(
         rank=rank,
         num_ranks=num_ranks,
     )
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=num_workers, collate_fn=_as_it_is)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=obey_parent_only,
+    )
 
 
 def _as_it_is(batches: list[Batch]) -> list[Batch]:

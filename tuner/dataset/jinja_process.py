@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tuner.dataset.group_signals import STOP_SIGNALS
 from tuner.dataset.jinja_spans import Layout, Span
 from tuner.dataset.messages import Message, RowError
 from tuner.errors import UserError
@@ -97,7 +98,8 @@ def _stop(pipe: Any) -> None:
 
 def serve() -> None:
     """The other process: one line of JSON in, one out; what takes too long or too much is ended by the system."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asks
+    for number in STOP_SIGNALS:  # they are for the one that asks, whose end is that of our input
+        signal.signal(number, signal.SIG_IGN)
     from tuner.dataset.jinja_sandbox import open_finder
 
     limits, setup = json.loads(sys.stdin.readline()), json.loads(sys.stdin.readline())

@@ -3,16 +3,15 @@
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from tuner.dataset.group_signals import held_back, obey_parent_only
 from tuner.errors import UserError
 
 Item = TypeVar("Item")
@@ -64,7 +63,8 @@ class Workers(Generic[Item, Result]):
         for _ in range(self._num_workers if self._num_workers > 1 else 0):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
-            with _without_interrupts():
+            resource_tracker.ensure_running()  # the first start would do it, and unblock Ctrl-C
+            with held_back():  # stop signals are for this process, whose end ends the workers
                 process.start()
             theirs.close()  # so that a worker's death shows as the end of our pipe
             self._processes.append(process)
@@ -142,18 +142,8 @@ class Workers(Generic[Item, Result]):
         )
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits; a process that is started meanwhile never gets it: it is for the parent, whose end ends it."""
-    resource_tracker.ensure_running()  # the first start would do it, and unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _work(connection: Connection) -> None:
+    obey_parent_only()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     try:
         function = connection.recv()

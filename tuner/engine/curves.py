@@ -1,6 +1,7 @@
 """Curves of a finished run: a PNG from metrics.jsonl and a line of blocks for the terminal."""
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,15 +31,18 @@ class CurvesHook(Hook):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not rows:
             return
-        columns = {name: [row[name] for row in rows] for name in ("step", *CURVES)}
+        columns = {name: [math.nan if row[name] is None else row[name] for row in rows] for name in ("step", *CURVES)}
+        columns["skipped"] = [row["step"] for row in rows if row["skipped"]]
         picture = path.with_name("curves.png")
         draw(columns, picture)
-        losses = columns["loss"]
-        print(f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}   curves: {picture}", flush=True)
+        losses = [loss for loss in columns["loss"] if not math.isnan(loss)]
+        shown = f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}   " if losses else ""
+        skipped = f"   {len(columns['skipped'])} steps were skipped" if columns["skipped"] else ""
+        print(f"{shown}curves: {picture}{skipped}", flush=True)
 
 
 def draw(columns: dict[str, list[float]], path: Path) -> None:
-    """Four curves over the steps in one PNG."""
+    """Four curves over the steps in one PNG, with a mark where a step was skipped."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second of start-up that only the end needs
     from matplotlib.figure import Figure
 
@@ -47,6 +51,8 @@ def draw(columns: dict[str, list[float]], path: Path) -> None:
     margins = {"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.95, "wspace": 0.18, "hspace": 0.3}
     for axes, (name, title) in zip(figure.subplots(2, 2, gridspec_kw=margins).flat, CURVES.items()):
         axes.plot(columns["step"], columns[name], linewidth=1)
+        for step in columns["skipped"]:
+            axes.axvline(step, color="tab:red", alpha=0.3, linewidth=1)
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)

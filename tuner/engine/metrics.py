@@ -1,6 +1,7 @@
 """Numbers of every step: to the terminal, to metrics.jsonl and to TensorBoard."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from tuner.engine.checkpoint import write_text_atomically
 from tuner.engine.frame import Hook
 from tuner.engine.machine import PeakRate, peak_memory, peak_rate
-from tuner.engine.strategy import StepResult
+from tuner.engine.strategy import Skip, StepResult
 from tuner.engine.tally import Tally
 from tuner.engine.world import World
 from tuner.errors import UserError
@@ -27,6 +28,12 @@ CHARTED = (
     *("loss", "lr", "grad_norm", "tokens_per_second", "tokens_per_second_per_device", "mfu", "hfu"),
     *("memory_bytes", "imbalance", "data_seconds", "wait_seconds", "least_wait_seconds"),
 )
+SKIPS: dict[Skip, str] = {
+    "overflow": "gradient overflow: step skipped, loss scale halved",
+    "nonfinite": "loss or gradient not finite: step skipped, documents in nonfinite_step_N.json",
+    "spike": "loss spike: step skipped, documents in nonfinite_step_N.json",
+    "stepped over": "stepped over after going back",
+}
 RANK_COLUMNS = (
     "over ranks: data = longest wait for data; waits = mean time since the sums of the step before in which a thread "
     "that trains computed nothing (others were slower, or their tensors under way, or another process had its core), "
@@ -53,11 +60,20 @@ class MetricsHook(Hook):
         self.peak = peak_rate(runner.strategy.device)
         llm = runner.model.get_submodule("llm")
         self.matmuls, self.is_checkpointing = read_matmuls(llm), llm.is_activation_checkpointing
+        self._open(work_dir, step)
+        print(header(runner, self.peak), flush=True)
+
+    def after_rollback(self, runner: "Runner") -> None:
+        """Forget the steps since the checkpoint: they come again."""
+        if self.writes:
+            self.after_run(runner)
+            self._open(Path(runner.work_dir), runner.strategy.step)
+
+    def _open(self, work_dir: Path, step: int) -> None:
         keep_lines(work_dir / METRICS, step)
         self.file = (work_dir / METRICS).open("a", encoding="utf-8", buffering=1)
         self.board = SummaryWriter(str(work_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self.first_step, self.started = step, time.perf_counter()
-        print(header(runner, self.peak), flush=True)
 
     def after_train_iter(
         self, runner: "Runner", batch_idx: int, data_batch: Sequence[Any], outputs: StepResult
@@ -71,7 +87,7 @@ class MetricsHook(Hook):
             if row[name] is not None:
                 self.board.add_scalar(name, row[name], row["step"])
         is_last = row["step"] == row["num_steps"]
-        if row["step"] % self.interval == 0 or row["step"] == self.first_step + 1 or is_last:
+        if row["step"] % self.interval == 0 or row["step"] == self.first_step + 1 or is_last or row["skipped"]:
             print(line(row, runner.strategy.world.size), flush=True)
 
     def after_run(self, runner: "Runner") -> None:
@@ -90,10 +106,10 @@ class MetricsHook(Hook):
             "step": done,
             "num_steps": num_steps,
             "epoch": loop.epoch,
-            "loss": result.loss,
+            "loss": finite(result.loss),
             "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "skipped": result.skipped,
+            "grad_norm": finite(result.grad_norm),
+            "skipped": result.skip or None,
             "num_tokens": result.num_tokens,
             "num_loss_tokens": result.num_loss_tokens,
             "trained_tokens": loop.num_loss_tokens,
@@ -158,9 +174,9 @@ def line(row: dict[str, Any], num_ranks: int) -> str:
     parts = [
         f"step {row['step']}/{row['num_steps']}",
         f"epoch {row['epoch'] + 1}",
-        f"loss {row['loss']:.4f}",
+        "loss -" if row["loss"] is None else f"loss {row['loss']:.4f}",
         f"lr {row['lr']:.2e}",
-        f"grad norm {row['grad_norm']:.3g}",
+        "grad norm -" if row["grad_norm"] is None else f"grad norm {row['grad_norm']:.3g}",
         f"{row['tokens_per_second']:,.0f} tok/s",
         f"trained {short(row['trained_tokens'])}",
         f"MFU {share(row['mfu'])}",
@@ -169,7 +185,7 @@ def line(row: dict[str, Any], num_ranks: int) -> str:
         *(rank_columns(row) if num_ranks > 1 else ()),
         f"left {duration(row['seconds_left'])}",
     ]
-    return "  ".join(parts) + ("  (gradient overflow: step skipped, loss scale halved)" if row["skipped"] else "")
+    return "  ".join(parts) + (f"  ({SKIPS[row['skipped']]})" if row["skipped"] else "")
 
 
 def rank_columns(row: dict[str, Any]) -> list[str]:
@@ -183,6 +199,11 @@ def rank_columns(row: dict[str, Any]) -> list[str]:
         f"waits {waits} ({least})",
         f"imbalance {row['imbalance']:.2f}",
     ]
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON has."""
+    return value if math.isfinite(value) else None
 
 
 def share(value: float | None) -> str:

@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from tuner.engine.checkpoint import list_steps
 from tuner.engine.frame import FlexibleRunner, Hook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.snapshot import hf_files, load_snapshot
 from tuner.engine.strategy import Strategy
+from tuner.engine.together import from_first
 from tuner.engine.work_dir import first_whole
 
 DEFAULT_HOOKS = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
@@ -101,6 +103,18 @@ class Runner(FlexibleRunner):
         """Continue from the first whole one of `checkpoints`; mmengine's own resume executes pickles and configs."""
         if self.checkpoints:
             load_snapshot(self, first_whole(self.checkpoints, Path(self.work_dir), self.strategy.world))
+
+    def go_back(self) -> bool:
+        """Be again where the newest whole checkpoint is; False, and nothing changes, where there is none."""
+        self.call_hook("before_rollback")
+        work_dir, world = Path(self.work_dir), self.strategy.world
+        own = list_steps(work_dir)[::-1] if world.is_first else []
+        candidates = from_first([*own, *(path for path in self.checkpoints if path not in own)], world)
+        if not candidates:
+            return False
+        load_snapshot(self, first_whole(candidates, work_dir, world))
+        self.call_hook("after_rollback")
+        return True
 
     @cached_property
     def hf_files(self) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.engine.checkpoint import best_checkpoint, list_checkpoints, prune, write_text_atomically
+from tuner.engine.checkpoint import best_checkpoint, checkpoint_path, list_checkpoints, prune, write_text_atomically
 from tuner.engine.cold_storage import ColdStorage
 from tuner.engine.frame import Hook
 from tuner.engine.host_copies import HostCopies
@@ -14,7 +14,7 @@ from tuner.engine.pending_save import NonFiniteSaveError, PendingSave, SaveError
 from tuner.engine.progress import CHECKPOINT
 from tuner.engine.snapshot import take_snapshot
 from tuner.engine.strategy import StepResult
-from tuner.engine.together import PeerError, gather_objects
+from tuner.engine.together import PeerError, from_first, gather_objects
 from tuner.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,8 +70,9 @@ class CheckpointHook(Hook):
         self, runner: "Runner", batch_idx: int, data_batch: Sequence[Any], outputs: StepResult
     ) -> None:
         """Save where the interval or the end says so."""
-        self._loss_sum += outputs.loss * outputs.num_loss_tokens
-        self._num_loss_tokens += outputs.num_loss_tokens
+        if not outputs.skipped:
+            self._loss_sum += outputs.loss * outputs.num_loss_tokens
+            self._num_loss_tokens += outputs.num_loss_tokens
         self._tell(runner)
         step = runner.strategy.step
         is_last = step == runner.train_loop.num_steps
@@ -96,6 +97,24 @@ class CheckpointHook(Hook):
         self._held = f"training waited {held:.2f} s, {held / since:.2%} of the time since the checkpoint before"
         self._since = now
         self._tell(runner)
+
+    def before_stop(self, runner: "Runner") -> None:
+        """The run ends after this step: save it, unless that has been done."""
+        with runner.strategy.progress.during(CHECKPOINT):
+            self._settle(runner, is_last=True)
+        path = checkpoint_path(Path(runner.work_dir), runner.strategy.step)
+        if not from_first(path.exists(), runner.strategy.world):
+            self.save(runner, is_last=True)
+
+    def before_rollback(self, runner: "Runner") -> None:
+        """The run goes back to the last checkpoint: it has to be there."""
+        with runner.strategy.progress.during(CHECKPOINT):
+            self._settle(runner, is_last=False)
+        self._tell(runner)
+
+    def after_rollback(self, runner: "Runner") -> None:
+        """The losses since that checkpoint come again."""
+        self._loss_sum, self._num_loss_tokens = 0.0, 0
 
     def after_train(self, runner: "Runner") -> None:
         """Wait for the last checkpoint, and for its copy."""

@@ -78,6 +78,7 @@ def take_snapshot(runner: "Runner", *, loss: float | None = None, copies: HostCo
             "strategy": strategy.state_counters(),
             "num_ranks": world.size,
             "num_loss_tokens": loop.num_loss_tokens,
+            "bad_steps": loop.bad_steps.state(),
             "next_data": next_data(runner),
             "packs_per_step": loop.dataloader.sampler.packs_per_step,
             "settings": runner.record.settings,
@@ -117,6 +118,7 @@ def load_snapshot(runner: "Runner", checkpoint: Path) -> None:
     runner.strategy.resume(checkpoint, state["strategy"])
     runner.run = read_manifest(checkpoint)["run"]
     runner.train_loop.num_loss_tokens = state["num_loss_tokens"]
+    runner.train_loop.bad_steps.restore(state["bad_steps"])
     if runner.strategy.step > runner.train_loop.num_steps:
         raise UserError(
             f"{checkpoint} is {runner.strategy.step} steps old, but this config has only {runner.train_loop.num_steps}."

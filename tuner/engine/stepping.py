@@ -58,6 +58,12 @@ class Stepping(Strategy):
         """Forget the gradient of this step."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def refuse_gradient(self) -> None:
+        """Forget a gradient whose norm was taken; the loss scale stays, for the gradient did not overflow."""
+        self.drop_gradient()
+        if self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale())  # the gradient of the next step can be unscaled
+
     def can_scale_down(self) -> bool:
         """Whether a gradient that overflowed may be the loss scale's doing."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +27,7 @@ from tuner.parallel.ranks import Ranks
 from tuner.parallel.sequence import cut
 
 Batch = Mapping[str, Any]
+Skip = Literal["", "overflow", "nonfinite", "spike", "stepped over"]
 
 
 OWN_MESH = Mesh(Degrees(), *(Ranks([0], 0) for _ in range(4)))
@@ -42,11 +43,36 @@ class StepResult(NamedTuple):
     num_tokens: int
     sum_squared_lengths: int  # over documents; what attention costs
     tally: Tally  # how the ranks fared beside each other
-    skipped: bool  # fp16 only: the gradient overflowed, the weights stay, the loss scale is halved
+    skip: Skip = ""  # why the weights stayed as they were; "overflow" is fp16's, which halves the loss scale
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the weights stayed as they were."""
+        return self.skip != ""
 
 
-class NonFiniteStepError(ArithmeticError):
-    """Loss or gradient is NaN or infinite; the weights were not touched."""
+class RefusedStepError(ArithmeticError):
+    """A step that must not change the weights, nor the optimizer's state; neither was touched, nor were steps counted.
+
+    `result` says what the step would have been.
+    """
+
+    def __init__(self, problem: str, result: StepResult) -> None:
+        super().__init__(problem)
+        self.result = result
+
+
+class NonFiniteStepError(RefusedStepError):
+    """Loss or gradient is NaN or infinite."""
+
+
+class SpikeError(RefusedStepError):
+    """The loss is far above those before it."""
+
+
+def wish_nothing() -> int:
+    """For a run that nothing but its last step ends."""
+    return 0
 
 
 class Strategy(BaseStrategy):
@@ -150,13 +176,20 @@ class Strategy(BaseStrategy):
         """Where the llm may be called by itself, without gradients and by all ranks alike: the sampled chat."""
         return self.autocast()
 
-    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Batch], *, stop: Callable[[], int] = wish_nothing, loss_limit: float = math.inf
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
-        The host waits for the device once, to read loss and norm together.
+        The host waits for the device once, to read the facts of all ranks and the norm together.
+
+        Args:
+            batches: of this rank.
+            stop: what asks this rank to end the run, see `Own.stop`; asked late, once its gradient is there.
+            loss_limit: above which a loss is a spike.
 
         Raises:
-            NonFiniteStepError: on all ranks, before the optimizer could carry a NaN into the weights.
+            NonFiniteStepError, SpikeError: on all ranks, before the optimizer could carry it into the weights.
         """
         self.progress.enter(COMPUTE)
         lr = self.set_learning_rates()
@@ -166,23 +199,21 @@ class Strategy(BaseStrategy):
             loss = loss + self.backward(part, is_last=place == len(batches) - 1)
         self.progress.enter(SUM)
         times = (self.progress.data_seconds, self.progress.take_idle_seconds(), peak_memory(self.device))
-        rows = gather_rows(Own(0, *count_tokens(batches), *times), loss, self.world)
+        rows = gather_rows(Own(0, *count_tokens(batches), *times, stop()), loss, self.world)
         *values, norm = torch.cat([rows.flatten(), self.gradient_norm().to(rows).reshape(1)]).tolist()
         sums = tally(values, self.mesh.degrees.size)
         self.progress.enter(UPDATE)
-        skipped = self._check_finite(sums.loss, norm)
+        result = self._judged(as_result(sums, norm, lr), loss_limit)
         self.update(norm)
         self.step += 1
-        return StepResult(
-            loss=sums.loss,
-            grad_norm=norm,
-            lr=lr,
-            num_loss_tokens=sums.num_loss_tokens,
-            num_tokens=sums.num_tokens,
-            sum_squared_lengths=sums.sum_squared_lengths,
-            tally=sums,
-            skipped=skipped,
-        )
+        return result
+
+    def step_over(self) -> StepResult:
+        """Count a step that is not taken."""
+        lr = self.set_learning_rates()
+        self.step += 1
+        nothing = tally([0.0] * len(Own._fields), 1)
+        return as_result(nothing, math.nan, lr)._replace(loss=math.nan, skip="stepped over")
 
     @abstractmethod
     def set_learning_rates(self) -> float:
@@ -194,18 +225,39 @@ class Strategy(BaseStrategy):
             for name, value in batch.items()
         }
 
-    def _check_finite(self, loss: float, grad_norm: float) -> bool:
-        """Whether the loss scale will make this step be skipped; raise where a skip is no cure."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return False
-        if math.isfinite(loss) and self.can_scale_down():
-            return True
+    def _judged(self, result: StepResult, loss_limit: float) -> StepResult:
+        """The result, marked where the loss scale will make this step be skipped; raise where that is no cure."""
+        is_loss_finite, problem = math.isfinite(result.loss), f"loss {result.loss}, gradient norm {result.grad_norm}"
+        if is_loss_finite and not math.isfinite(result.grad_norm) and self.can_scale_down():
+            return result._replace(skip="overflow")
+        if not is_loss_finite or not math.isfinite(result.grad_norm):
+            self.refuse_gradient()
+            raise NonFiniteStepError(problem, result._replace(skip="nonfinite"))
+        if result.loss > loss_limit:
+            self.refuse_gradient()
+            raise SpikeError(f"{problem}: the loss is above {loss_limit:.4g}", result._replace(skip="spike"))
+        return result
+
+    def refuse_gradient(self) -> None:
+        """Forget a gradient whose norm was taken, so that neither weights nor optimizer see it."""
         self.drop_gradient()
-        raise NonFiniteStepError(f"loss {loss}, gradient norm {grad_norm}")
 
     @abstractmethod
     def can_scale_down(self) -> bool:
         """Whether a gradient that overflowed may be the loss scale's doing."""
+
+
+def as_result(sums: Tally, norm: float, lr: float) -> StepResult:
+    """What a step did, from what ranks told each other."""
+    return StepResult(
+        loss=sums.loss,
+        grad_norm=norm,
+        lr=lr,
+        num_loss_tokens=sums.num_loss_tokens,
+        num_tokens=sums.num_tokens,
+        sum_squared_lengths=sums.sum_squared_lengths,
+        tally=sums,
+    )
 
 
 class TokenCounts(NamedTuple):

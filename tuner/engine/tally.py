@@ -1,5 +1,6 @@
-"""What ranks tell each other once a step, in one exchange: counts that add up, times and memory to compare."""
+"""What ranks tell each other once a step, in one exchange: counts that add up, times to compare, a wish to stop."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class Own(NamedTuple):
     data_seconds: float
     wait_seconds: float
     memory_bytes: float
+    stop: float = 0.0  # a signal's number, or what else asks this rank to end the run; 0 for nothing
 
 
 class Tally(NamedTuple):
@@ -34,6 +36,9 @@ class Tally(NamedTuple):
     least_wait_seconds: float  # of the rank that waits least: what is left to it is communication
     memory_bytes: int  # the largest
     memory_rank: int  # which rank's that is
+    stop: int = 0  # the largest
+    stop_rank: int = 0  # which rank's that is
+    nonfinite_ranks: tuple[int, ...] = ()  # whose part of the loss is NaN or infinite
 
 
 def gather_rows(own: Own, loss: torch.Tensor, world: World) -> torch.Tensor:
@@ -53,6 +58,7 @@ def tally(values: Sequence[float], num_sharing: int) -> Tally:
     """The sums and extremes of a table of `gather_rows`, row after row; `num_sharing` ranks share a sequence."""
     columns = {name: values[place :: len(Own._fields)] for place, name in enumerate(Own._fields)}
     squares, waits, memory = (columns[name] for name in ("sum_squared_lengths", "wait_seconds", "memory_bytes"))
+    stops = columns["stop"]
     return Tally(
         loss=sum(columns["loss"]),
         num_loss_tokens=round(sum(columns["num_loss_tokens"]) / num_sharing),
@@ -64,4 +70,7 @@ def tally(values: Sequence[float], num_sharing: int) -> Tally:
         least_wait_seconds=min(waits),
         memory_bytes=int(max(memory)),
         memory_rank=memory.index(max(memory)),
+        stop=int(max(stops)),
+        stop_rank=stops.index(max(stops)),
+        nonfinite_ranks=tuple(rank for rank, loss in enumerate(columns["loss"]) if not math.isfinite(loss)),
     )

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tuner.errors import UserError
-from tuner.failures import EXIT_INTERRUPTED
+from tuner.errors import StoppedError, UserError
+from tuner.failures import EXIT_INTERRUPTED, EXIT_SAVED
 from tuner.launch import slurm
 from tuner.launch.options import Node, Options, is_rank_of_another, read_node
 from tuner.launch.rank import leave_with, printing_to, read_run
@@ -36,10 +36,9 @@ def train(job: Job, options: Options) -> int:
     if told is not None:
         leave_with(told.launcher)
         try:
-            train_here(job, told.source, told.resume)
+            return train_here(job, told.source, told.resume)
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED  # click would end the line, of which there is none
-        return 0
     if options.sbatch is not None and options.launcher != "slurm":
         raise UserError("--sbatch FILE writes a script for SLURM. Add --launcher slurm.")
     if options.launcher == "slurm":
@@ -47,23 +46,25 @@ def train(job: Job, options: Options) -> int:
             return write_script(job, options)
         options = enter_step(options)
     if is_rank_of_another(options):
-        train_as_rank(job)
-        return 0
+        return train_as_rank(job)
     node = read_node(options)
     if not options.starts_processes:
-        train_here(job, job.render(), job.resume)
-        return 0
+        return train_here(job, job.render(), job.resume)
     return launch(job, node, options)
 
 
-def train_here(job: Job, source: str, resume: str | None) -> None:
-    """Train in this process, which may be one rank of several."""
+def train_here(job: Job, source: str, resume: str | None) -> int:
+    """Train in this process, which may be one rank of several; the exit code."""
     from tuner.train import train  # brings torch and transformers: a misspelt setting has been reported by now
 
-    train(source, work_dir=job.work_dir, resume=resume, name=job.name)
+    try:
+        train(source, work_dir=job.work_dir, resume=resume, name=job.name)
+    except StoppedError:
+        return EXIT_SAVED
+    return 0
 
 
-def train_as_rank(job: Job) -> None:
+def train_as_rank(job: Job) -> int:
     """Train as a rank that another launcher has started; only the first rank prints."""
     source = job.render()
     from tuner.engine.world import read_world
@@ -71,7 +72,7 @@ def train_as_rank(job: Job) -> None:
     world = read_world()
     log = job.work_dir / "logs" / f"rank_{world.rank}.log"
     with nullcontext() if world.is_first else printing_to(log):
-        train_here(job, source, job.resume)
+        return train_here(job, source, job.resume)
 
 
 def enter_step(options: Options) -> Options:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from tuner.dataset.group_signals import STOP_SIGNALS, is_nohup
 from tuner.engine.checkpoint import list_checkpoints
 from tuner.failures import ECHO_SECONDS, EXIT_INTERRUPTED, EXIT_USER_ERROR, LAUNCH_DIR, Failure
 from tuner.launch.nodes import Nodes, meet
@@ -22,7 +23,7 @@ from tuner.launch.rank import write_run
 
 POLL_SECONDS = 0.1
 ASK_SECONDS = 0.5  # between two questions to the other nodes
-INTERRUPT_SECONDS = 15.0  # for ranks to leave after Ctrl-C
+SAME_SECONDS = 1.0  # a signal sooner after another is no second one: a terminal that closes sends two kinds at once
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
@@ -64,21 +65,19 @@ class Signals:
 
     def take(self, number: int, frame: FrameType | None) -> None:
         """Note a signal; as a handler it does no more than that."""
-        self.last, self.seconds = signal.Signals(number), time.monotonic()
-        self.count += 1
+        now = time.monotonic()
+        if self.last is None or now - self.seconds > SAME_SECONDS:
+            self.last, self.seconds = signal.Signals(number), now
+            self.count += 1
 
     def are_over(self, grace: float) -> bool:
-        """Whether ranks have had their time since the last signal; a second Ctrl-C ends it at once."""
-        if self.last is None:
-            return False
-        is_interrupt = self.last == signal.SIGINT
-        patience = INTERRUPT_SECONDS if is_interrupt else grace
-        return (is_interrupt and self.count > 1) or time.monotonic() - self.seconds > patience
+        """Whether ranks have had their time to save since the signal; a second one ends it at once."""
+        return self.count > 1 or (self.last is not None and time.monotonic() - self.seconds > grace)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Take the signals that ask for an end, in place of what they do elsewhere."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [number for number in STOP_SIGNALS if not is_nohup(number)]
         before = {number: signal.signal(number, self.take) for number in numbers}
         try:
             yield
@@ -153,18 +152,19 @@ def common_variables(node: Node, options: Options, attempt: int, directory: Path
 
 def watch(processes: Processes, nodes: Nodes, signals: Signals, options: Options, attempt: int) -> Outcome:
     """Pass signals on until all ranks have ended, one has failed here or elsewhere, or patience ends."""
-    asked, num_sent = 0.0, 0
+    asked, is_passed_on = 0.0, False
     while True:
         time.sleep(POLL_SECONDS)
-        if signals.count > num_sent:
-            num_sent = signals.count
+        if signals.last is not None and not is_passed_on:
+            is_passed_on = True
+            say(f"tuner: {signals.last.name}: ranks end their step, save and leave; the signal again ends them at once")
             processes.send(signal.SIGINT if signals.last == signal.SIGINT else signal.SIGTERM)
         if processes.all_ended() and (signals.last is not None or set(processes.codes().values()) <= set(CALM)):
             return ended(processes, nodes, signals, attempt)
         if signals.are_over(options.grace):
             processes.end(politely=False)
             return ended(processes, nodes, signals, attempt)
-        failure = None if signals.last == signal.SIGINT else cause(processes.failures(), time.time())
+        failure = cause(processes.failures(), time.time())
         is_ours = failure is not None
         if failure is not None:
             failure = nodes.report(attempt, failure)

@@ -23,7 +23,7 @@ class Options(NamedTuple):
     master: str | None = None
     max_restarts: int = 0
     node_timeout: float = 900.0  # seconds for all nodes to come
-    grace: float = 600.0  # seconds that ranks have to save and leave after SIGTERM
+    grace: float = 600.0  # seconds that ranks have to save and leave after a signal
     sbatch: Path | None = None
 
     @property

@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from tuner.failures import EXIT_INTERRUPTED, Failure, failure_path, read_failure, read_last_words
+from tuner.failures import EXIT_INTERRUPTED, EXIT_SAVED, Failure, failure_path, read_failure, read_last_words
 from tuner.launch.nodes import Place
 
 END_SECONDS = 3.0  # for ranks to leave when another has failed; one that waits for the other never would
 KILL_SECONDS = 10.0  # for the system to end a killed process
-EXIT_SAVED = 75
-"""of a rank that was told to end and has saved: start again with --resume"""
 CALM = (0, EXIT_SAVED)
 LOOPBACK = ("lo", "lo0")
 

@@ -10,7 +10,6 @@ from tuner.errors import UserError
 from tuner.launch.options import Options
 
 FIRST_PORT, NUM_PORTS = 20000, 10000  # of a job, by its number: jobs that share a node seldom meet
-SAVE_SECONDS = 300
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM numbers the steps of batch scripts and of interactive shells from here
 NEEDED = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST")
 
@@ -125,7 +124,7 @@ def script(options: Options, arguments: Sequence[str], name: str) -> str:
 #SBATCH --gpus-per-node={options.nproc}
 #SBATCH --exclusive
 #SBATCH --output=slurm-%j.log
-#SBATCH --signal=TERM@{SAVE_SECONDS}
+#SBATCH --signal=TERM@{round(options.grace)}
 # Most clusters want these three too:
 ##SBATCH --partition=NAME
 ##SBATCH --account=NAME
