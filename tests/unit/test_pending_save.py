@@ -11,7 +11,7 @@ from ranks import run_on_ranks
 from safetensors.torch import load_file
 from stub_training import make_runner
 
-from tuner.engine import draft, pending_save
+from tuner.engine import draft, pending_save, snapshot
 from tuner.engine.checkpoint import checkpoint_path, list_checkpoints
 from tuner.engine.hooks import CheckpointHook, MetricsHook
 from tuner.engine.replicated import Replicated
@@ -147,6 +147,15 @@ def test_two_swapped_shards_are_found_by_ranks_together_and_the_run_goes_on_bit_
     assert [path.name for path in list_checkpoints(swapped)] == STEPS
     assert (swapped / "checkpoints" / "damaged_step_00000004").is_dir()
     assert files_of(checkpoint_path(swapped, 6)) == files_of(checkpoint_path(directory / "beside", 6))
+
+
+def test_one_process_goes_on_with_its_own_random_state_and_says_that_draws_differ(ran, tmp_path, capfd, monkeypatch):
+    checkpoint, restored = checkpoint_path(ran[0] / "beside", 4), []
+    monkeypatch.setattr(snapshot, "restore_random_state", lambda state, devices: restored.append(state))
+    make_runner(tmp_path, checkpoint=checkpoint, attention_dropout=0.3).train()
+    assert restored == [json.loads((checkpoint / "rng-00000.json").read_text())]
+    assert "was saved by 2 ranks and goes on with 1: the same data in the same steps" in capfd.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
