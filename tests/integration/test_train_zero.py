@@ -18,7 +18,9 @@ from tuner.cli import run
 from tuner.config import loads, render
 from tuner.configs import literals
 from tuner.demo.files import resolve
+from tuner.engine.pending_save import PendingSave
 from tuner.engine.runner import Runner
+from tuner.engine.snapshot import take_snapshot
 from tuner.engine.world import read_world
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.parallel.mesh import build_mesh
@@ -81,9 +83,9 @@ def checkpoint_of(directory: Path, name: str, step: int) -> Path:
     return directory / name / "checkpoints" / f"step_{step:08d}"
 
 
-def save_what_was_read(directory: Path, name: str, checkpoint: Path, deepspeed: str) -> None:
-    """The tensors of a checkpoint, once another strategy has taken them."""
-    runner = build(directory, name, checkpoint, deepspeed=deepspeed)
+def save_what_was_read(directory: Path, name: str, checkpoint: Path, deepspeed: str | None, **settings: Any) -> None:
+    """A checkpoint of what another strategy, on other ranks or as many, has taken from a checkpoint."""
+    runner = build(directory, name, checkpoint, deepspeed=deepspeed, **settings)
     loop = runner._train_loop = runner.build_train_loop(runner.loop_node)
     runner.model = runner.strategy.prepare(
         runner.model,
@@ -92,7 +94,7 @@ def save_what_was_read(directory: Path, name: str, checkpoint: Path, deepspeed: 
         num_steps=loop.num_steps,
     )
     runner.load_or_resume()
-    runner.strategy.save_checkpoint(directory / name)
+    PendingSave(take_snapshot(runner), directory / name, runner.strategy.world, published=lambda _: None).settle()
 
 
 def train_and_resume(directory: Path, runs: dict[str, str]) -> None:
@@ -151,7 +153,7 @@ def test_so_is_one_whose_optimizer_is_on_the_cpu(tmp_path: Path):
 
 @pytest.mark.parametrize(("name", "source"), [("from_3_to_2", "zero3"), ("from_1_to_3", "zero1")])
 def test_another_stage_reads_a_checkpoint_bit_for_bit(trained: Path, name: str, source: str):
-    assert_equal(trained / name, checkpoint_of(trained, source, HALF))
+    assert_equal(checkpoint_of(trained, name, HALF), checkpoint_of(trained, source, HALF))
 
 
 def test_from_stage_3_to_1_to_one_process_and_to_transformers(trained: Path, monkeypatch: pytest.MonkeyPatch):
@@ -185,13 +187,19 @@ def test_three_ranks_whose_shares_are_uneven_resume_and_hand_over_to_zero1_and_t
     write_inputs(tmp_path, sizes)
     run_on_ranks(3, train_on_three, tmp_path, timeout=300)
     end = checkpoint_of(tmp_path, "three", END)
-    assert [len(tensor) for tensor in tensors_in(end).values() if tensor.ndim and tensor.numel() % 3 == 0] == []
+    assert [name for name, tensor in tensors_in(end).items() if tensor.numel() % 3 == 0] == []
     assert_equal(end, checkpoint_of(tmp_path, "three_again", END))
 
-    run_on_ranks(2, save_what_was_read, tmp_path, "two", end, "zero1")
-    run_on_ranks(1, save_what_was_read, tmp_path, "one", tmp_path / "two", None)
+    other = {"num_epochs": 2}
+    run_on_ranks(2, save_chain_link, tmp_path, "two", end, "zero1", other | {"num_accumulation_steps": 3})
+    two = checkpoint_of(tmp_path, "two", END)
+    run_on_ranks(1, save_chain_link, tmp_path, "one", two, None, other | {"num_accumulation_steps": 6})
     for name in ("two", "one"):
-        assert_equal(end, tmp_path / name)
+        assert_equal(end, checkpoint_of(tmp_path, name, END))
+
+
+def save_chain_link(directory: Path, name: str, checkpoint: Path, deepspeed: str | None, other: dict[str, int]) -> None:
+    save_what_was_read(directory, name, checkpoint, deepspeed, **other)
 
 
 MISTAKES = {
