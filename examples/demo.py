@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tuner.chat.session import ChatSession, generation
-from tuner.convert.to_hf import load_trained
+from tuner.convert.checkpoint_files import load_trained
 from tuner.dataset.chat_template import CHAT_TEMPLATES, render
 from tuner.dataset.tokenize import Encoder
 from tuner.demo import world

@@ -1,11 +1,11 @@
 """`tuner convert` and its subcommands: without one, a checkpoint becomes a directory that others load."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
-from tuner.arguments import debug_option
+from tuner.arguments import F, debug_option
 
 DTYPES: dict[str, Literal["auto", "float32", "bfloat16", "float16"]] = {
     "auto": "auto",
@@ -43,19 +43,89 @@ def convert_group() -> None:
     """
 
 
+def dtype_option(command: F) -> F:
+    """`--dtype`, for forms whose numbers may change."""
+    kinds = click.Choice(list(DTYPES))
+    words = "Of the written weights; auto keeps that of what is read, fp32 exactly."
+    return click.option("--dtype", type=kinds, default="auto", show_default=True, help=words)(command)
+
+
+def output_options(command: F) -> F:
+    """What every form of output has: the size of its files, and whether it is loaded again."""
+    verify = click.option(
+        "--verify/--no-verify",
+        default=True,
+        show_default=True,
+        help="Load OUT in a fresh process: tensors, ids, RoPE, logits.",
+    )
+    size = click.option("--max-shard-size", default="5GB", show_default=True, help="Of a file: 500MB, 5GB, 4GiB.")
+    return size(verify(debug_option(command)))
+
+
+def output_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as the functions behind the commands take them."""
+    from tuner.convert.sharding import parse_size
+
+    names = {"dtype": DTYPES[options["dtype"]]} if "dtype" in options else {}
+    return {**options, **names, "max_shard_size": parse_size(options["max_shard_size"])}
+
+
 @convert_group.command(DEFAULT, hidden=True)
 @click.argument("checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT|WORK_DIR")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    default="auto",
-    show_default=True,
-    help="Of the written weights; auto keeps that of the checkpoint.",
-)
-@debug_option
-def checkpoint_command(checkpoint: Path, out: Path, dtype: str) -> None:
+@dtype_option
+@output_options
+def checkpoint_command(checkpoint: Path, out: Path, **options: Any) -> None:
     """Write a trained model to OUT as a Hugging Face directory."""
     from tuner.convert.to_hf import convert
 
-    click.echo(convert(checkpoint, out, dtype=DTYPES[dtype]))
+    click.echo(convert(checkpoint, out, **output_arguments(options)))
+
+
+@convert_group.command("shard")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@output_options
+def shard_command(model: Path, out: Path, **options: Any) -> None:
+    """Write the MODEL directory to OUT with its weights in files of another size, bit for bit the same."""
+    from tuner.convert.shard import shard
+
+    click.echo(shard(model, out, **output_arguments(options)))
+
+
+@convert_group.command("llama")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@debug_option
+def llama_command(model: Path, out: Path) -> None:
+    """Write an InternLM2 MODEL to OUT as a Llama, which needs no code beyond transformers."""
+    from tuner.convert.llama import convert_to_llama
+
+    click.echo(convert_to_llama(model, out))
+
+
+@convert_group.command("internlm2")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@debug_option
+def internlm2_command(model: Path, out: Path) -> None:
+    """Write a MODEL that `tuner convert llama` has made, or another like it, to OUT as an InternLM2."""
+    from tuner.convert.llama import convert_to_internlm2
+
+    click.echo(convert_to_internlm2(model, out))
+
+
+@convert_group.command("legacy")
+@click.argument("source", type=click.Path(path_type=Path), metavar="FILE|DIR")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--allow-legacy-pickle", "allow", is_flag=True, help="Read pickles, for their tensors alone.")
+@click.option("--base", type=click.Path(path_type=Path), help="Model whose config and tokenizer go with the weights.")
+@click.option("--lora-alpha", type=float, help="Of LoRA weights.  [default: as a config in the file states]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="auto", show_default=True, help="Of what is written.")
+@debug_option
+def legacy_command(source: Path, out: Path, dtype: str, **options: Any) -> None:
+    """Write the weights of an old .pth, .bin or DeepSpeed checkpoint to OUT: a model, or an adapter of LoRA weights."""
+    from tuner.convert.legacy import convert_legacy
+    from tuner.convert.to_hf import DTYPES as TORCH_DTYPES
+
+    click.echo(convert_legacy(source, out, dtype=TORCH_DTYPES[DTYPES[dtype]], **options))

@@ -10,7 +10,7 @@ from chat_samples import made_row
 from jinja_families import FAMILIES, own
 from transformers import PreTrainedTokenizerFast
 
-from tuner.convert.to_hf import write_tokenizer
+from tuner.convert.settings import write_tokenizer
 from tuner.dataset import prepare
 from tuner.dataset.prepare import build_shards
 from tuner.dataset.shards import Shards

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tuner.model  # noqa: F401 - registers InternLM2
 from tuner.config import render
-from tuner.convert.to_hf import convert, load_trained
+from tuner.convert.checkpoint_files import load_trained
+from tuner.convert.to_hf import convert
 from tuner.engine.checkpoint import find_checkpoint
 from tuner.train import train
 

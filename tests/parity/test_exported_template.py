@@ -12,7 +12,7 @@ from jinja_families import own
 from test_chat_internlm2 import glaive_rows
 from transformers import PreTrainedTokenizerFast
 
-from tuner.convert.to_hf import write_tokenizer
+from tuner.convert.settings import write_tokenizer
 from tuner.dataset.chat_template import CHAT_TEMPLATES, render
 from tuner.dataset.formats import FORMATS, RowError
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS, Sample, call_arguments, function_body, is_interpreter

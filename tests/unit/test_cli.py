@@ -236,7 +236,8 @@ def test_debug_shows_the_traceback_wherever_it_stands(
 def test_convert_and_chat_hand_over_what_was_asked(calls: list):
     assert run(["convert", "work", "out", "--dtype", "bf16"]) == 0
     assert run(["chat", "model", "--system", "你好", "--temperature", "0.5", "--seed", "2"]) == 0
-    assert calls[0] == ("convert", (Path("work"), Path("out")), {"dtype": "bfloat16"})
+    options = {"dtype": "bfloat16", "max_shard_size": 5 * 10**9, "verify": True}
+    assert calls[0] == ("convert", (Path("work"), Path("out")), options)
     name, arguments, asked = calls[1]
     assert (name, arguments) == ("chat", ("model",))
     given = {"system": "你好", "max_new_tokens": 512, "temperature": 0.5, "seed": 2, "allow_code": False}

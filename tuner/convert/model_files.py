@@ -4,22 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+from tuner.convert.record import RECORD
 from tuner.convert.sharding import INDEX, SINGLE
 from tuner.convert.tensors import StoredTensor, stored_tensors
 from tuner.errors import UserError
-from tuner.model.directory import check_model_directory, check_weights
+from tuner.model.directory import check_inside, check_model_directory, check_weights, inside
 
-WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.gguf",
-)
-"""what is not copied beside converted weights: they would be the old ones"""
+NOT_COPIED = (RECORD, "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
+"""what is not copied beside converted weights: it would be that of the old ones"""
 
 
 def model_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -59,32 +51,8 @@ def index_of(directory: Path) -> dict[str, str]:
     return files
 
 
-def check_inside(directory: Path, name: str) -> None:
-    """Refuse a name in an index by which a file elsewhere would be read."""
-    if Path(name).name != name or not name.endswith(".safetensors"):
-        raise UserError(
-            f"{directory / INDEX} names {name!r}. Only safetensors files beside it are read, by their plain names."
-        )
-
-
-def inside(directory: Path, name: str) -> Path:
-    """The path of a file of the directory; a link is followed only inside the hub's own cache.
-
-    Raises:
-        UserError: it is a link that leads anywhere else.
-    """
-    path = directory / name
-    if not path.is_symlink():
-        return path
-    target, snapshot = path.resolve(), directory.resolve()
-    blobs = snapshot.parent.parent / "blobs"  # models--OWNER--NAME/snapshots/COMMIT/FILE -> .../blobs/HASH
-    if snapshot.parent.name == "snapshots" and target.parent == blobs:
-        return path
-    raise UserError(f"{path} is a link to {target}. Give a directory that holds the files themselves.")
-
-
 def copy_companions(source: Path, out: Path) -> None:
     """Config, tokenizer and whatever else lies beside the weights; neither weights nor directories."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in WEIGHTS):
+        if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in NOT_COPIED):
             shutil.copyfile(inside(source, path.name), out / path.name)
