@@ -23,6 +23,7 @@ from tuner.dataset.sources import expand, parse_entry
 from tuner.dataset.streaming import refuse_weights
 from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.demo.files import PREFIX
+from tuner.engine.bad_steps import ON_NONFINITE
 from tuner.engine.precision import PRECISIONS
 from tuner.errors import UserError
 from tuner.model.attention import BACKENDS
@@ -111,12 +112,16 @@ RULES: dict[str, Rule] = {
     "train_newline": FLAG,
     "gradient_checkpointing": FLAG,
     "hpz_partition_size": count(1, or_none=True),
+    "max_nonfinite_steps": count(1),
+    "rollback_steps": count(1),
+    "spike_factor": Rule(lambda value: value is None or (is_number(value) and value > 1), "a number above 1 or None"),
     "rank_timeout": number(1, words="a number of seconds from 1"),
 }
 CHOICES: dict[str, Collection[str]] = {
     "precision": PRECISIONS,
     "attention": ("auto", "eager", *BACKENDS),
     "weights": WEIGHTS,
+    "on_nonfinite": ON_NONFINITE,
     "too_long": TOO_LONG,
     "on_bad_row": ON_BAD_ROW,
     "chat_template": TEMPLATE_NAMES,

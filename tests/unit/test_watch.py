@@ -59,12 +59,12 @@ def test_whom_the_others_wait_for(ranks: list[Seen], lost: list[int]):
 @pytest.mark.parametrize("phase", [CHECKPOINT, HOOKS, "start"])
 def test_a_rank_that_lives_has_more_time_for_what_may_take_long(phase: str):
     ranks = {0: seen(8, phase), 1: seen(9, COMPUTE)}
-    assert find_lost(ranks, 39.0, TEN) is None
-    assert find_lost(ranks, 41.0, TEN) == Lost([0], "lives, but does not come to where the others wait for it")
+    assert find_lost(ranks, 19.0, TEN) is None
+    assert find_lost(ranks, 21.0, TEN) == Lost([0], "lives, but does not come to where the others wait for it")
 
 
 def test_a_rank_that_has_left_is_not_waited_for():
-    assert find_lost({0: seen(9, HOOKS), 1: seen(2, has_left=True, silent=300.0)}, 35.0, TEN) is None
+    assert find_lost({0: seen(9, HOOKS), 1: seen(2, has_left=True, silent=300.0)}, 15.0, TEN) is None
 
 
 class Ranks:

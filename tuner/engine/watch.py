@@ -19,7 +19,7 @@ from tuner.engine.world import World, in_ranges, meeting_place
 from tuner.errors import LostRankError
 from tuner.failures import LAUNCH_DIR, exit_code, place_path, tell, where
 
-LONG_FACTOR = 4
+LONG_FACTOR = 2
 """as many times the timeout may start, first step, hooks and checkpoints of a rank that lives take"""
 ANSWER_SECONDS = 3.0  # for a data set to say which documents a rank has; it may be what hangs
 NUM_SHOWN = 8  # documents in the message

@@ -51,6 +51,9 @@ warmup_ratio = 0.03  # share of the steps in which the learning rate climbs
 betas = (0.9, 0.95)  # Adam's two decays
 weight_decay = 0.1  # AdamW's, on weight matrices; norms and biases have none
 max_grad_norm = 1.0  # the gradient is scaled down to this norm where it is longer
+on_nonfinite = "skip"  # a step with a NaN or infinity: "skip" it, "rollback" to the last checkpoint and step over, "stop"
+max_nonfinite_steps = 3  # so many such steps in a row end the run whatever on_nonfinite says
+spike_factor: float | None = None  # a loss above so many times the median of 50 is as bad as a NaN; None: none is
 seed = 0  # of the order of the data, of random weights and of dropout
 
 # settings: what is written
@@ -122,7 +125,13 @@ strategy = dict(
     sequence_parallel_size=sequence_parallel_size,
 )
 
-train_cfg = dict(type=TrainLoop, rank_timeout=rank_timeout)
+train_cfg = dict(
+    type=TrainLoop,
+    rank_timeout=rank_timeout,
+    on_nonfinite=on_nonfinite,
+    max_nonfinite_steps=max_nonfinite_steps,
+    spike_factor=spike_factor,
+)
 
 custom_hooks = [
     dict(type=MetricsHook, interval=log_interval),
