@@ -141,7 +141,7 @@ def changes(config: Any, model: Path, family: Family, num_steps: int) -> list[st
     hooks = []
     for place, hook in enumerate(config.get("custom_hooks", [])):
         if hook["type"] is CheckpointHook:
-            hooks.append(f"{{**custom_hooks[{place}], 'interval': 1, 'keep': 2}}")
+            hooks.append(f"{{**custom_hooks[{place}], 'interval': 1, 'keep': 2, 'copy_to': None}}")
         elif hook["type"] not in (SampleChatHook, CurvesHook):
             hooks.append(f"custom_hooks[{place}]")
     if config.strategy["type"] is build_strategy and config.strategy.get("offload_directory"):
