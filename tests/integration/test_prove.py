@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 import torch
 from preview_runs import PRESET, rows, write_run
+from ranks import start_server
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tuner.cli import run
 from tuner.dataset.tokenize import Document
 from tuner.engine import replicated
 from tuner.engine.replicated import sum_bucket
+from tuner.engine.zero import Zero
 from tuner.method import sft
 from tuner.model import attention
 from tuner.model.attention_sdpa import Pack, sdpa_attention
 from tuner.model.internlm2.rotary import InternLM2RotaryEmbedding
 from tuner.parallel.mesh import Degrees
 from tuner.parallel.sequence import held_tokens
-from tuner.prove import sp
+from tuner.prove import holding, sp
 from tuner.prove.documents import make_step, num_shared, shorten, train_last_shard
-from tuner.prove.gradients import compare, is_close, worst
+from tuner.prove.gradients import EXACT, compare, worst
 from tuner.prove.processes import on_ranks
 from tuner.prove.spread_step import Job, Outcome, outcomes_on_rank
 
@@ -46,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 100},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": None},
 }
+LESS_SPECIAL = ("internlm2", "internlm2 linear", "llama linear", "qwen2 yarn")  # than the others, or than other tests
 DEPENDS_ON_PACK = {
     "llama dynamic": {"model_type": "llama", "rope_scaling": DYNAMIC, "max_position_embeddings": 64},
     "phi3 longrope": {
@@ -65,6 +68,7 @@ def write_config(directory: Path, **entries: Any) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Settings of a run whose model has a tokenizer and no weights; its data is prepared once."""
+    start_server()  # with all that ranks of later tests import, too: it is started once
     settings = write_run(tmp_path_factory.mktemp("prove"))
     return {**settings, "gradient_checkpointing": True}
 
@@ -134,6 +138,58 @@ def test_labels_that_weigh_less_and_weights_that_are_cut_are_proven(
     assert "ratio 1.000000000000" in out
 
 
+def zero_file(directory: Path) -> Path:
+    """A JSON file as for training on GPUs: in bf16, clipped, with the optimizer's state on a disk."""
+    offload = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(directory)}}
+    path = directory / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": offload, "bf16": {"enabled": True}, "gradient_clipping": 1.0}))
+    return path
+
+
+def test_weights_that_zero_cuts_are_proven(data: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("deepspeed")
+    settings = {**data, "deepspeed": zero_file(tmp_path), "precision": "bf16", "sequence_parallel_size": 2}
+    assert check("sp", settings, "--tokens", "24") == 0
+    out = capsys.readouterr().out
+    assert "zero.json), float32: its ZeRO has no float64" in out
+    ratios = [float(line.split()[1]) for line in out.splitlines() if line.startswith("  llm.")]
+    assert ratios == pytest.approx([1] * 10, abs=3e-5)
+    assert ratios != [1] * 10, "so it was not float64 after all"
+    assert "more than 3e-05 apart" in out
+
+
+class Averaging(Zero):
+    """The rank's loss is not made up for DeepSpeed's mean."""
+
+    def prepare(self, *args: Any, **settings: Any) -> torch.nn.Module:
+        prepared, self.loss_factor = super().prepare(*args, **settings), 1
+        return prepared
+
+
+def under_averaging_zero(job: Job) -> dict[str, Outcome]:
+    holding.Zero = Averaging
+    return outcomes_on_rank(job)
+
+
+@pytest.mark.slow
+def test_zero_that_averages_is_caught(
+    data: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(sp, "outcomes_on_rank", under_averaging_zero)
+    assert check("sp", {**data, "deepspeed": "zero3"}, "--tokens", "24", "--train", "own") == 2
+    out = capsys.readouterr().out
+    ratios = [float(line.split()[1]) for line in out.splitlines() if line.startswith("  llm.")]
+    assert ratios == pytest.approx([0.5] * 5, abs=3e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero2_offload", "zero3_offload", "zero3_hpz"])
+def test_each_stage_of_zero_is_proven(deepspeed: str, data: dict[str, object]):
+    pytest.importorskip("deepspeed")
+    assert check("sp", {**data, "deepspeed": deepspeed}, "--sp", "2", "--ranks", "4", "--tokens", "24") == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -160,7 +216,9 @@ def test_what_training_would_refuse_is_refused(
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name in LESS_SPECIAL)) for name in FAMILIES]
+)
 def test_packs_and_angles_are_proven(family: str, data: dict[str, object], capsys: pytest.CaptureFixture[str]):
     assert check("attn", data, **FAMILIES[family]) == 0
     out = capsys.readouterr().out
@@ -247,14 +305,14 @@ def test_gradients_are_measured_by_their_own_size_unless_it_is_negligible():
     found = {difference.name: difference for difference in compare(double(got), double(expected))}
     assert (found["large"].ratio, found["large"].cosine, found["large"].apart) == pytest.approx((2, 1, 1))
     assert found["vanishing"].cosine == 0
-    assert is_close(found["vanishing"].apart)
+    assert EXACT.holds(found["vanishing"].apart)
     assert found["zero"] == ("zero", 1.0, 1.0, 0.0)
     broken = compare({"large": torch.tensor([float("nan"), 4.0])}, {"large": expected["large"]})
-    assert not is_close(broken[0].apart), "NaN is not close"
+    assert not EXACT.holds(broken[0].apart), "NaN is not close"
     assert worst([list(found.values()), broken])[0] == broken[0], "and worse than anything"
     missing = compare({}, {"large": expected["large"]})
     assert missing[0].ratio == 0
-    assert not is_close(missing[0].apart)
+    assert not EXACT.holds(missing[0].apart)
 
 
 def test_short_documents_keep_what_is_trained():
