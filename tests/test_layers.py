@@ -20,7 +20,7 @@ LAYERS = [  # top first; modules in one tuple are siblings
     ("demo",),
     ("parallel",),
     ("new_files", "failures"),
-    ("constants", "errors", "nearest"),
+    ("constants", "errors", "nearest", "masking"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SEES_MMENGINE = {"train", "config", "configs", "engine"}

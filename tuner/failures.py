@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tuner.errors import LostRankError, UserError
+from tuner.masking import mask
 
 EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_LOST_RANK, EXIT_INTERRUPTED = 1, 2, 3, 130
 EXIT_SAVED = 75
@@ -51,11 +52,16 @@ def exit_code(error: Exception) -> int:
 
 
 def message_of(error: Exception) -> str:
-    """What is printed for an exception in place of its traceback."""
+    """What is printed for an exception in place of its traceback, without tokens and passwords."""
     if isinstance(error, (UserError, LostRankError)):
-        return f"Error: {error}"
+        return mask(f"Error: {error}")
     first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line} (run with --debug for the traceback)"
+    return mask(f"{type(error).__name__}: {first_line} (run with --debug for the traceback)")
+
+
+def trace_of(error: Exception) -> str:
+    """The traceback of an exception, without tokens and passwords."""
+    return mask("".join(traceback.format_exception(error)))
 
 
 def is_echo(error: Exception) -> bool:
@@ -88,7 +94,7 @@ def tell(error: Exception, *, debug: bool) -> None:
         return
     rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     whose = "" if rank is None or isinstance(error, UserError) else f"rank {rank}: "
-    text = "".join(traceback.format_exception(error)) if debug else f"{whose}{message_of(error)}\n"
+    text = trace_of(error) if debug else f"{whose}{message_of(error)}\n"
     sys.stderr.write(text)
     sys.stderr.flush()
 
@@ -141,10 +147,8 @@ def read_failure(text: str) -> Failure:
 
 
 def _failure(error: Exception, rank: int) -> Failure:
-    trace = "".join(traceback.format_exception(error))
-    return Failure(
-        rank, socket.gethostname(), time.time(), exit_code(error), message_of(error), is_echo(error), trace
-    )  # fmt: skip
+    message, trace = message_of(error), trace_of(error)
+    return Failure(rank, socket.gethostname(), time.time(), exit_code(error), message, is_echo(error), trace)
 
 
 def _claims(environment: Mapping[str, str]) -> Path | None:

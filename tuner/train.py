@@ -27,6 +27,7 @@ from tuner.engine.watch import Patience, watched
 from tuner.engine.work_dir import check_shared, choose_checkpoints, locked, write_config
 from tuner.engine.world import World, joined, read_world
 from tuner.errors import StoppedError, UserError
+from tuner.masking import mask_source
 from tuner.model.build import build_llm
 from tuner.model.hollow import Hold
 from tuner.parallel.mesh import Layout, arrange, build_mesh
@@ -47,25 +48,38 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
     """
     config = loads(source, name)
     check(config)
-    settings = {key: setting.value for key, setting in literals.settings(source, name).items()}
     work_dir, world = work_dir.resolve(), read_world()
+    kept = without_secrets(source, name, world)
+    settings = {key: setting.value for key, setting in literals.settings(kept, name).items()}
     with locked(work_dir) if world.is_first else nullcontext():
         checkpoints = choose_checkpoints(work_dir, resume) if world.is_first else []
         if world.is_first:
-            write_config(work_dir, source, is_resumed=bool(checkpoints))
+            write_config(work_dir, kept, is_resumed=bool(checkpoints))
         prepared = prepare(config, world)
         with meeting(config, prepared, work_dir):
             compare_run(source, prepared.dataloader, world)
             checkpoints = from_first(checkpoints, world)
             check_shared(work_dir, world)
             prepared.strategy.place(world, build_mesh(prepared.strategy.degrees))
-            runner = build_runner(config, prepared, source, settings, work_dir=work_dir, checkpoints=checkpoints)
+            runner = build_runner(config, prepared, kept, settings, work_dir=work_dir, checkpoints=checkpoints)
             runner.train()
         if world.is_first:
             save_ledger(prepared.dataloader, work_dir)  # a stream's has grown
     if runner.train_loop.stopped_by:
         raise StoppedError(runner.train_loop.stopped_by)
     return work_dir
+
+
+def without_secrets(source: str, name: str, world: World) -> str:
+    """The config's text as the run keeps it: with its tokens and passwords masked, which is said."""
+    kept = mask_source(source)
+    if kept.places and world.is_first:
+        print(
+            f"warning: {name} holds what looks like tokens or passwords ({', '.join(kept.places)}); they are masked in "
+            "what this run writes. Read them from the environment: os.environ[...].",
+            flush=True,
+        )
+    return kept.text
 
 
 @contextmanager

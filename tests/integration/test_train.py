@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tuner.chat.loading import find_source, load_llm
 from tuner.config import render
+from tuner.convert.to_hf import convert
 from tuner.demo.files import resolve
 from tuner.engine.checkpoint import find_checkpoint, list_checkpoints, verify_checkpoint
 from tuner.errors import UserError
@@ -21,6 +23,8 @@ from tuner.train import check_vocabulary, train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WEIGHTS = "model-00000-of-00001.safetensors"
+SECRET, SECRET_OF_ENVIRONMENT = "opensesame", "plainwords"
+EXECUTED = "open({path!r}, 'a').write('x')\n"
 
 
 def write_rows(path: Path) -> None:
@@ -55,7 +59,8 @@ def source(tmp_path_factory) -> str:
         "sample_interval": 2,
         "sample_prompts": ["What is 3 plus 1?"],
     }
-    return render("internlm2_tiny-sft_full", settings)
+    text = render("internlm2_tiny-sft_full", settings)
+    return f"{text}hub_token = {SECRET!r}\n" + EXECUTED.format(path=str(folder / "executed"))
 
 
 def small_model(folder: Path) -> Path:
@@ -71,7 +76,9 @@ def small_model(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(source, tmp_path_factory) -> Path:
-    return train(source, work_dir=tmp_path_factory.mktemp("runs") / "straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET_OF_ENVIRONMENT)
+        return train(source, work_dir=tmp_path_factory.mktemp("runs") / "straight")
 
 
 def metrics(work_dir: Path) -> list[dict]:
@@ -85,7 +92,7 @@ def test_the_loss_falls_and_everything_is_written(run, source):
     assert all(0 < row["mfu"] <= row["hfu"] for row in rows)
     assert (run / "curves.png").stat().st_size > 10_000
     assert list((run / "tensorboard").glob("events.*"))
-    assert (run / "config.py").read_text() == source
+    assert (run / "config.py").read_text() == source.replace(SECRET, "***")
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [row["step"] for row in rows if row["step"] % 2 == 0]
     verify_checkpoint(find_checkpoint(run))
@@ -198,3 +205,28 @@ def test_the_checkpoint_holds_the_models_own_names(run):
     assert llm.config.tie_word_embeddings  # the output is the embedding: it is kept once
     assert names == set(llm.state_dict()) - {"output.weight"}
     assert "model.layers.1.attention.wqkv.weight" in names
+
+
+def test_no_file_of_a_run_holds_a_secret(run, source):
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert any(path.name == "config.py" and path.parent != run for path in files)
+    assert SECRET in source
+    held = [
+        path for path in files for secret in (SECRET, SECRET_OF_ENVIRONMENT) if secret.encode() in path.read_bytes()
+    ]
+    assert held == []
+    assert "hub_token = '***'" in (run / "config.py").read_text()
+    assert json.loads((find_checkpoint(run) / "state.json").read_text())["settings"]["hub_token"] == "***"
+
+
+def test_the_config_in_a_checkpoint_is_never_executed(run, source, tmp_path):
+    mark = Path(source.splitlines()[-1].split("'")[1])
+    executed = mark.read_text()
+    assert executed  # by the user's own command
+    convert(run, tmp_path / "converted", verify=False)
+    llm = load_llm(find_source(str(run), None))
+    trained = load_file(find_checkpoint(run) / WEIGHTS)
+    assert all(torch.equal(llm.state_dict()[name], tensor) for name, tensor in trained.items())
+    shutil.copytree(run, tmp_path / "run")
+    train(source.replace(source.splitlines()[-1], ""), work_dir=tmp_path / "run", resume="auto")
+    assert mark.read_text() == executed

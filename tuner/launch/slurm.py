@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tuner.errors import UserError
 from tuner.launch.options import Options
+from tuner.masking import mask
 
 FIRST_PORT, NUM_PORTS = 20000, 10000  # of a job, by its number: jobs that share a node seldom meet
 FIRST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM numbers the steps of batch scripts and of interactive shells from here
@@ -114,7 +115,16 @@ def node_options(options: Options, step: Step) -> Options:
 
 
 def script(options: Options, arguments: Sequence[str], name: str) -> str:
-    """A batch script that runs `tuner` with these arguments on the nodes that the options ask for."""
+    """A batch script that runs `tuner` with these arguments on the nodes that the options ask for.
+
+    Raises:
+        UserError: an argument is a token or password, which the script would keep.
+    """
+    if secret := [argument for argument in arguments if mask(argument) != argument]:
+        raise UserError(
+            f"{mask(secret[0])} holds a token or password, which the script would keep. Set it in the environment of "
+            "the job, where a config reads it as os.environ[...]."
+        )
     command = shlex.join([sys.executable, "-m", "tuner", *without_sbatch(arguments)])
     return f"""#!/bin/bash
 # Written by `tuner train --launcher slurm`; edit it, then: sbatch FILE
