@@ -1,9 +1,11 @@
 """A work dir belongs to one run at a time, and nothing that a user had there is written over."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,16 @@ def test_a_work_dir_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be used as work dir.*--work-dir"), locked(tmp_path / "file" / "run"):
         pass
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_place_that_takes_no_checkpoints_is_told_before_training(tmp_path, monkeypatch, resume):
+    def refuse(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match=r"cannot take checkpoints: .*Read-only file system.*--work-dir"):
+        choose_checkpoints(tmp_path, resume)
 
 
 def test_a_run_with_checkpoints_is_only_continued(tmp_path):

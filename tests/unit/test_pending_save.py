@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -173,8 +174,8 @@ def test_tensors_of_every_dtype_are_in_the_file_as_safetensors_reads_it(tmp_path
         assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(as_bytes(read[name]), as_bytes(tensor)), name
     assert entry["size"] == (tmp_path / "a.safetensors").stat().st_size
-    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+    for dtype, value in product((torch.float32, torch.bfloat16, torch.float8_e5m2), ("nan", "inf", "-inf")):
         bad = torch.zeros(3_000_000, dtype=dtype)
-        bad[-1] = float("nan")
+        bad[-2] = float(value)
         with pytest.raises(NonFiniteTensorError, match="model tensor bad"):
-            draft.write_file(tmp_path / f"{dtype}", tensor_pieces("model", {"good": torch.ones(3), "bad": bad}))
+            draft.write_file(tmp_path / f"{dtype} {value}", tensor_pieces("model", {"good": torch.ones(3), "bad": bad}))

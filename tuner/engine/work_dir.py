@@ -95,6 +95,7 @@ def choose_checkpoints(work_dir: Path, resume: str | None) -> list[Path]:
     Raises:
         UserError: checkpoints are there and would be written over, or none is where one is asked for.
     """
+    check_writable(checkpoints_directory(work_dir))
     remove_leftovers(work_dir)
     present = list_steps(work_dir)
     if resume is None:
@@ -119,6 +120,17 @@ def choose_checkpoints(work_dir: Path, resume: str | None) -> list[Path]:
             "Choose another --work-dir, or delete them first."
         )
     return candidates
+
+
+def check_writable(directory: Path) -> None:
+    """UserError where nothing can be written: better now than after the first hours of training."""
+    probe = directory / f".probe_{uuid.uuid4().hex}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{directory} cannot take checkpoints: {error}. Choose another --work-dir.") from error
 
 
 def first_whole(candidates: Sequence[Path], work_dir: Path, world: World) -> Path:
