@@ -142,6 +142,31 @@ def test_a_copy_of_each_checkpoint_is_kept_elsewhere_and_a_full_disk_there_is_a_
     assert len(list_checkpoints(tmp_path / "other")) == 2
 
 
+def test_the_best_by_the_mean_loss_since_the_one_before_and_every_fourth_step_stay(tmp_path):
+    """Token-weighted means, from the log of each step; a resumed run has those of the uninterrupted one."""
+    hooks = [MetricsHook(), CheckpointHook(interval=2, keep=None)]
+    make_runner(tmp_path / "all", hooks=hooks).train()
+    rows = [json.loads(line) for line in (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()]
+    means = {
+        step: sum(row["loss"] * row["num_loss_tokens"] for row in rows[step - 2 : step])
+        / sum(row["num_loss_tokens"] for row in rows[step - 2 : step])
+        for step in (2, 4, 6)
+    }
+    assert loss_in(tmp_path / "all") == pytest.approx(means, rel=1e-12)
+    keeping = {"keep": 1, "keep_every": 4, "keep_best": True}
+    make_runner(tmp_path / "some", hooks=[CheckpointHook(interval=2, **keeping)]).train()
+    best = min(means, key=means.__getitem__)
+    assert set(loss_in(tmp_path / "some")) == {4, 6, best}
+    assert (tmp_path / "some" / "checkpoints" / "best").read_text() == f"step_{best:08d}\n"
+    resumed = make_runner(tmp_path / "on", hooks=hooks, checkpoint=checkpoint_path(tmp_path / "all", 2))
+    resumed.train()
+    assert loss_in(tmp_path / "on") == {step: loss for step, loss in loss_in(tmp_path / "all").items() if step > 2}
+
+
+def loss_in(work_dir: Path) -> dict[int, float]:
+    return {checkpoints.step_of(path): checkpoints.loss_of(path) for path in list_checkpoints(work_dir)}
+
+
 def raise_full():
     raise OSError(28, "No space left on device")
 
