@@ -81,7 +81,7 @@ def note(error: Exception, environment: Mapping[str, str] = os.environ) -> bool:
     """
     if (directory := environment.get(LAUNCH_DIR)) is not None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher ends ranks by it; this one is ending already
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C; this rank is ending already
         write_failure(Path(directory), _failure(error, int(environment["RANK"])))
         return False
     claims = _claims(environment)

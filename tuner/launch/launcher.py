@@ -132,7 +132,7 @@ def run_attempt(
             processes.end()
         return outcome
     finally:
-        processes.end(politely=False)
+        processes.end()
 
 
 def common_variables(node: Node, options: Options, attempt: int, directory: Path) -> dict[str, str]:
@@ -162,7 +162,7 @@ def watch(processes: Processes, nodes: Nodes, signals: Signals, options: Options
         if processes.all_ended() and (signals.last is not None or set(processes.codes().values()) <= set(CALM)):
             return ended(processes, nodes, signals, attempt)
         if signals.are_over(options.grace):
-            processes.end(politely=False)
+            processes.end()
             return ended(processes, nodes, signals, attempt)
         failure = cause(processes.failures(), time.time())
         is_ours = failure is not None

@@ -12,7 +12,6 @@ from typing import IO
 from tuner.failures import EXIT_INTERRUPTED, EXIT_SAVED, Failure, failure_path, read_failure, read_last_words
 from tuner.launch.nodes import Place
 
-END_SECONDS = 3.0  # for ranks to leave when another has failed; one that waits for the other never would
 KILL_SECONDS = 10.0  # for the system to end a killed process
 CALM = (0, EXIT_SAVED)
 LOOPBACK = ("lo", "lo0")
@@ -102,11 +101,8 @@ class Processes:
             if child.poll() is None:
                 child.send_signal(number)
 
-    def end(self, *, politely: bool = True) -> None:
-        """End them all, and whatever they have started; `politely` gives them a moment for it."""
-        if politely:
-            self.send(signal.SIGINT)
-            self.wait(END_SECONDS)
+    def end(self) -> None:
+        """End them all at once, and whatever they have started: asked to, one would wait for a rank that is gone."""
         for child in self._children.values():
             try:
                 os.killpg(child.pid, signal.SIGKILL)  # each leads a group, of data workers too
