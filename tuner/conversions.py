@@ -82,6 +82,19 @@ def checkpoint_command(checkpoint: Path, out: Path, **options: Any) -> None:
     click.echo(convert(checkpoint, out, **output_arguments(options)))
 
 
+@convert_group.command("merge")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@dtype_option
+@output_options
+def merge_command(base: Path, adapter: Path, out: Path, **options: Any) -> None:
+    """Write the BASE model with the LoRA ADAPTER added to its weights to OUT."""
+    from tuner.convert.merge import merge
+
+    click.echo(merge(base, adapter, out, **output_arguments(options)))
+
+
 @convert_group.command("shard")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -129,3 +142,22 @@ def legacy_command(source: Path, out: Path, dtype: str, **options: Any) -> None:
     from tuner.convert.to_hf import DTYPES as TORCH_DTYPES
 
     click.echo(convert_legacy(source, out, dtype=TORCH_DTYPES[DTYPES[dtype]], **options))
+
+
+@convert_group.command("internevo")
+@click.argument("source", type=click.Path(path_type=Path), metavar="PARTS|MODEL")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--tp", type=click.IntRange(min=1), help="Write parts for so many ranks.  [default: a model directory]")
+@click.option(
+    "--base", type=click.Path(path_type=Path), help="InternLM2 directory whose tokenizer goes with the model."
+)
+@click.option("--rotary", type=click.Choice(["half", "interleaved"]), help="Where model_config.pt does not say it.")
+@click.option("--embedding", type=click.Choice(["columns", "rows"]), help="How parts are cut.  [default: as they come]")
+@debug_option
+def internevo_command(source: Path, out: Path, rotary: str | None, embedding: str | None, **options: Any) -> None:
+    """Join InternEvo's model_tp*_pp*.pt in PARTS to a model directory; with --tp, cut PARTS or a MODEL anew."""
+    from tuner.convert.internevo import convert_internevo
+
+    interleaved = None if rotary is None else rotary == "interleaved"
+    split_hidden = None if embedding is None else embedding == "columns"
+    click.echo(convert_internevo(source, out, interleaved=interleaved, split_hidden=split_hidden, **options))
