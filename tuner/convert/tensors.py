@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,31 @@ class Piece:
     def num_bytes(self) -> int:
         """Of the tensor in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Rows(Protocol):
+    """A tensor that is read a block of rows at a time, wherever its values come from."""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor in its model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """(last - first, ...) of its rows."""
+
+    def row_ranges(self) -> list[tuple[int, int]]:
+        """Where blocks of rows begin and end."""
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All of its values, in the order of memory."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +99,19 @@ class StoredTensor:
         return self.values(0, self.num_values).view(self.shape)
 
     def row_ranges(self) -> list[tuple[int, int]]:
-        """Where blocks of about BLOCK_SIZE values begin and end, in rows."""
-        step = max(1, BLOCK_SIZE // max(1, math.prod(self.shape[1:])))
-        return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
+        """Where blocks of rows begin and end."""
+        return row_ranges(self.shape)
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """All of its values, BLOCK_SIZE at a time."""
         for first in range(0, self.num_values, BLOCK_SIZE):
             yield self.values(first, min(first + BLOCK_SIZE, self.num_values))
+
+
+def row_ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where blocks of about BLOCK_SIZE values begin and end, in rows."""
+    step = max(1, BLOCK_SIZE // max(1, math.prod(shape[1:])))
+    return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 
 
 def read_fully(file: FileIO, buffer: memoryview, path: Path) -> None:
@@ -119,7 +150,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def cast(tensor: StoredTensor, dtype: torch.dtype | None = None, name: str | None = None) -> Piece:
+def cast(tensor: Rows, dtype: torch.dtype | None = None, name: str | None = None) -> Piece:
     """The tensor as it is, or in another dtype; integers stay what they are.
 
     Raises:
