@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -43,10 +44,19 @@ def train_step(square: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
+class Save(NamedTuple):
+    """What one took, in seconds."""
+
+    held: float  # until training may go on
+    seconds: float  # until it is published
+    cpu: float  # of all threads while training is held
+    step: float  # mean of the steps meanwhile
+
+
 def measure(
     tensors: dict[str, dict[str, torch.Tensor]], work_dir: Path, num_saves: int, copies: HostCopies | None
-) -> Iterator[tuple[float, float, float]]:
-    """Of each save: seconds that training is held, seconds until it is published, mean seconds of steps meanwhile."""
+) -> Iterator[Save]:
+    """Save so many times, each time after the one before is deleted."""
     square = torch.randn(1024, 1024)
     for step in range(1, num_saves + 1):
         started, cpu = time.perf_counter(), time.process_time()
@@ -55,12 +65,13 @@ def measure(
         save = PendingSave(Snapshot(step, shares, {}, facts), work_dir, ALONE, published=lambda path: None)
         if copies is None:
             save.settle()
-        held = time.perf_counter() - started
+        held, cpu = time.perf_counter() - started, time.process_time() - cpu
         steps = []
         while save.is_under_way:
             steps.append(train_step(square))
         save.settle()
-        yield held, save.seconds + (held if copies is not None else 0.0), statistics.mean(steps or [float("nan")])
+        seconds = held if copies is None else held + save.seconds
+        yield Save(held, seconds, cpu, statistics.mean(steps or [float("nan")]))
         shutil.rmtree(checkpoint_path(work_dir, step))
 
 
@@ -78,11 +89,10 @@ def main() -> None:
     print(f"{size:.2f} GB in {sum(map(len, tensors.values()))} tensors, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         for label, copies in (("synchronous", None), ("asynchronous", HostCopies())):
-            for place, (held, seconds, step) in enumerate(measure(tensors, Path(name), arguments.saves, copies), 1):
-                slower = "" if copies is None else f", steps meanwhile take {step / alone:.2f} times as long"
-                print(
-                    f"{label} save {place}: {seconds / size:.2f} s/GB, held {held / size:.2f} s/GB{slower}", flush=True
-                )
+            for place, save in enumerate(measure(tensors, Path(name), arguments.saves, copies), 1):
+                slower = "" if copies is None else f", steps meanwhile take {save.step / alone:.2f} times as long"
+                held = f"held {save.held / size:.2f} s/GB ({save.cpu / size:.2f} of CPU)"
+                print(f"{label} save {place}: {save.seconds / size:.2f} s/GB, {held}{slower}", flush=True)
         started = time.perf_counter()
         with (Path(name) / "state.pth").open("wb") as file:
             torch.save(tensors, file)
