@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tuner.engine.build_locks import wait_for_builds
 from tuner.engine.deepspeed_package import join_alone, known_keys, load_deepspeed
 from tuner.engine.optimizer import build_optimizer, is_state
 from tuner.engine.precision import PRECISIONS
@@ -59,6 +60,7 @@ class Zero(Strategy):
         """Take the weights of a model on the meta device one by one; each rank keeps its parts."""
         join_alone(self.world, self.device)
         config = zero_config(self.config, self.settings(self.world, "unknown"), known_keys(), ModelSizes.of(llm))
+        wait_for_builds(config)
         dtype = PRECISIONS[self.precision]
         partitioner = load_deepspeed().zero.Init(config_dict_or_path=config, dtype=dtype)
         self._rounded = take_weights(llm, weights, partitioner, dtype, self.world)
@@ -81,6 +83,7 @@ class Zero(Strategy):
         optimizer = build_optimizer(llm, optim_wrapper["optimizer"])
         settings = self.settings(self.world, read_max_norm(optim_wrapper))
         config = zero_config(self.config, settings, known_keys(), ModelSizes.of(llm))
+        wait_for_builds(config)
         if self._calls is not None:
             self._calls.remove()
         exact = {} if self._calls is not None else rounded_weights(llm, PRECISIONS[self.precision])
