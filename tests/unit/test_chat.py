@@ -12,7 +12,8 @@ from tuner.chat.answers import Answers
 from tuner.chat.loading import detect_template
 from tuner.chat.session import ChatSession, ReplyPrinter, generation
 from tuner.chat.shown import describe_call, printable
-from tuner.chat.terminal import converse
+from tuner.chat.terminal import MAX_ROUNDS, converse
+from tuner.dataset.formats import FORMATS
 from tuner.dataset.jinja_template import resolve_template
 from tuner.errors import UserError
 from tuner.model.tokenizer import build_tokenizer
@@ -169,3 +170,49 @@ def test_a_negative_temperature_is_refused():
     with pytest.raises(UserError, match=r"temperature=-1.*Use 0"):
         generation(16, -1)
     assert generation(16, 0.0)["do_sample"] is False
+
+
+def test_the_user_takes_back_asks_again_and_saves_a_row_that_training_reads(tokenizer, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "talk.json"
+    lines = ["hello", "/undo", "/undo", "hi", "/retry", '"""two', 'lines"""', "/save", f"/save {file}", f"/save {file}"]
+    lines += ["/history", "/nothing", "/etc/hosts is a file", "/reset", "/history", "/exit", "never read"]
+    replies = [f"{word}<|im_end|>" for word in ("one", "two", "three", "four", "five")]
+    out, prompts, _ = talk(tokenizer, monkeypatch, capsys, lines, replies)
+    user, model = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n"
+    last = user.format("/etc/hosts is a file") + "<|im_start|>assistant\n"
+    talked = user.format("hi") + model.format("three") + user.format("two\nlines") + model.format("four")
+    assert [prompt.count("<|im_start|>user") for prompt in prompts] == [1, 1, 1, 2, 3]
+    assert prompts[-1].endswith(talked + last)
+    assert "There is nothing to take back." in out
+    assert "Give a file: /save FILE" in out
+    assert f"saved to {file}" in out
+    assert "exists already" in out
+    assert "Unknown command /nothing" in out
+    assert "user: two\nlines\nassistant: four" in out
+    assert out.rstrip().endswith("Nothing has been said yet.")
+    [sample] = [FORMATS["openai"](json.loads(line)) for line in file.read_text().splitlines()]
+    assert [message["content"] for message in sample["messages"]] == ["hi", "three", "two\nlines", "four"]
+
+
+class Loud:
+    """Stands in for the functions of a file."""
+
+    names = ("rm",)
+
+    def __init__(self):
+        self.calls = []
+
+    def call(self, name, arguments):
+        self.calls.append((name, arguments))
+        return "refused"
+
+
+def test_calls_are_answered_by_the_functions_until_that_goes_on_for_long(tokenizer, monkeypatch, capsys):
+    functions = Loud()
+    answers = Answers(TOOLS, functions=functions)
+    replies = ["Sure." + CALL, "ok<|im_end|>", *["Again." + CALL] * MAX_ROUNDS, "end<|im_end|>"]
+    out, prompts, _ = talk(tokenizer, monkeypatch, capsys, ["one", "two", "by hand"], replies, answers=answers)
+    assert 'Sure.\n[tool call] rm({"path": "/"})\n[result of rm]\nrefused\nok\n' in out
+    assert functions.calls == [("rm", {"path": "/"})] * MAX_ROUNDS
+    assert "<|im_start|>environment name=<|plugin|>\nrefused<|im_end|>\n" in prompts[1]
+    assert "<|im_start|>environment name=<|plugin|>\nby hand<|im_end|>\n" in prompts[-1]

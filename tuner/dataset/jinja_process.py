@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tuner.errors import UserError
 
 CPU_SECONDS = 10  # for one conversation; a long one takes a few milliseconds
 MEMORY = 2 << 30
+MAX_ERROR = 2000  # characters of what a template says against a row
 DATE = datetime.datetime(
     2024, 7, 26
 )  # a template that writes today's date writes this one: shards must not depend on the day
@@ -110,18 +112,34 @@ def serve() -> None:
     try:
         finder = open_finder(**setup)
     except RowError as error:
-        problem = str(error)
+        problem = str(error)[:MAX_ERROR]
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
         try:
             answer = {"error": problem} if finder is None else finder.lay_out(**json.loads(line))._asdict()
         except RowError as error:
-            answer = {"error": str(error)}
+            answer = {"error": str(error)[:MAX_ERROR]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         try:
             print(json.dumps(answer), flush=True)
         except BrokenPipeError:
             os._exit(0)  # who asked is gone; at its own exit Python would try to write once more, and say so
+
+
+@contextmanager
+def limited_here() -> Iterator[None]:
+    """Bound what is rendered inside in this very process, which SIGPROF ends after CPU_SECONDS.
+
+    For a check that transformers itself, and not our rendering, gives the same; in a process made for it.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, before[1]))
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _memory() -> int:

@@ -14,6 +14,7 @@ from tuner.dataset.jinja_spans import Finder
 from tuner.dataset.messages import Message, RowError
 from tuner.dataset.templates import mark_pattern
 
+MAX_TEXT = 32 << 20  # characters of a conversation, whose row has at most 16 MiB
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -30,7 +31,10 @@ def open_finder(*, jinja: str, variables: Mapping[str, str], marks: Sequence[str
         )
 
     def render(messages: Sequence[Message], tools: list[Any] | None, prompt: bool) -> str:
-        return call(messages, tools, add_generation_prompt=prompt)[0][0]
+        text = call(messages, tools, add_generation_prompt=prompt)[0][0]
+        if len(text) > MAX_TEXT:
+            raise RowError(f"the tokenizer's chat template writes {len(text):,} characters, over {MAX_TEXT:,}")
+        return text
 
     def blocks(messages: Sequence[Message], tools: list[Any] | None) -> list[tuple[int, int]] | None:
         if not GENERATION.search(jinja):

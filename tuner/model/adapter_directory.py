@@ -9,7 +9,7 @@ from tuner.model.directory import ADAPTER, inside
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KINDS = ("LORA",)  # with DoRA and rsLoRA, which are settings of it
-CODE_KEYS = ("megatron_config", "auto_mapping")
+CODE_KEYS = ("megatron_config",)
 """by which peft would import a module that the file names"""
 
 

@@ -63,7 +63,8 @@ def attention_layers(settings: dict[str, Any]) -> tuple[tuple[int, int | None], 
 def count_matmuls_of_config(config: PreTrainedConfig) -> Matmuls:
     """`count_matmuls` without weights: the model is laid out on torch's meta device, every weight trained."""
     with torch.device("meta"):
-        return count_matmuls(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+        return count_matmuls(llm)
 
 
 def attention_flops(matmuls: Matmuls, num_tokens: int, sum_squared_lengths: int) -> float:

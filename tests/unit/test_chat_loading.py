@@ -1,0 +1,95 @@
+"""What `tuner chat` talks to: a base with an adapter computes what peft computes with it, or it is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from small_tokenizer import write_directory
+from transformers import AutoModelForCausalLM
+
+from tuner.chat.loading import find_source, load_llm, load_template, load_tokenizer
+from tuner.errors import UserError
+from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.model.internlm2.modeling import InternLM2ForCausalLM
+
+WEIGHTS = "adapter_model.safetensors"
+IDS = torch.tensor([[1, 5, 7, 9, 11]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A small InternLM2 with tokenizer."""
+    directory = write_directory(tmp_path_factory.mktemp("base"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    InternLM2ForCausalLM(InternLM2Config(vocab_size=320, **sizes)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> Path:
+    """A LoRA of it that changes something, as peft saves it."""
+    llm = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
+    settings = LoraConfig(r=2, target_modules=["wqkv", "w2"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(llm, settings)
+    directory = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(directory)
+    return directory
+
+
+@torch.inference_mode()
+def logits(llm) -> torch.Tensor:
+    return llm(IDS).logits
+
+
+def test_a_base_with_an_adapter_computes_what_peft_computes(base, adapter):
+    plain = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=torch.float32).eval()
+    before = logits(plain)
+    expected = logits(PeftModel.from_pretrained(plain, adapter).eval())
+    given = logits(load_llm(find_source(str(base), adapter)))
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
+    assert (given - before).abs().max() > 1e-3
+
+
+def test_an_adapter_alone_names_its_base_and_tokenizer_and_template_are_found(base, adapter, tmp_path):
+    source = find_source(str(adapter), None)
+    assert (source.base, source.adapter, source.is_named_by_adapter) == (str(base), adapter, True)
+    tokenizer = load_tokenizer(source)
+    assert load_template(source, tokenizer, None).name == "internlm2"
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    (own / "template.json").write_text('{"chat_template": "chatml"}')  # what the adapter was trained with
+    assert load_template(find_source(str(own), None), tokenizer, None).name == "chatml"
+    assert load_template(find_source(str(base), own), tokenizer, None).name == "chatml"
+    (own / "template.json").write_text("{")
+    with pytest.raises(UserError, match=r"template\.json cannot be read.*--template"):
+        load_template(find_source(str(base), own), tokenizer, None)
+    config = json.loads((own / "adapter_config.json").read_text())
+    (own / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="does not name its base"):
+        find_source(str(own), None)
+    with pytest.raises(UserError, match="is an adapter itself"):
+        find_source(str(adapter), own)
+
+
+def damaged(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    first, second, *_ = tensors
+    return {
+        "a weight without a place": {**tensors, first.replace("layers.0", "layers.7"): tensors[first].clone()},
+        "a place without a weight": {name: tensor for name, tensor in tensors.items() if name != second},
+        "a weight of another shape": {**tensors, first: torch.zeros(3, 5)},
+    }
+
+
+def test_an_adapter_that_does_not_fit_is_refused(base, adapter, tmp_path):
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    for tensors in damaged(load_file(adapter / WEIGHTS)).values():
+        save_file(tensors, own / WEIGHTS)
+        with pytest.raises(UserError, match="does not fit this model"):
+            load_llm(find_source(str(base), own))
+    (own / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-9])
+    with pytest.raises(UserError, match="does not fit this model"):
+        load_llm(find_source(str(base), own))
