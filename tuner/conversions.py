@@ -109,23 +109,23 @@ def shard_command(model: Path, out: Path, **options: Any) -> None:
 @convert_group.command("llama")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@debug_option
-def llama_command(model: Path, out: Path) -> None:
+@output_options
+def llama_command(model: Path, out: Path, **options: Any) -> None:
     """Write an InternLM2 MODEL to OUT as a Llama, which needs no code beyond transformers."""
     from tuner.convert.llama import convert_to_llama
 
-    click.echo(convert_to_llama(model, out))
+    click.echo(convert_to_llama(model, out, **output_arguments(options)))
 
 
 @convert_group.command("internlm2")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@debug_option
-def internlm2_command(model: Path, out: Path) -> None:
+@output_options
+def internlm2_command(model: Path, out: Path, **options: Any) -> None:
     """Write a MODEL that `tuner convert llama` has made, or another like it, to OUT as an InternLM2."""
     from tuner.convert.llama import convert_to_internlm2
 
-    click.echo(convert_to_internlm2(model, out))
+    click.echo(convert_to_internlm2(model, out, **output_arguments(options)))
 
 
 @convert_group.command("legacy")

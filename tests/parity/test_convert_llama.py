@@ -75,8 +75,9 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     overrides, dtype = VARIANTS[request.param]
     folder = tmp_path_factory.mktemp("llama")
     model = make_model(folder / "model", dtype, "60KB", **overrides)
-    made = convert_to_llama(model, folder / "llama", max_shard_size=100_000)
-    return model, made, convert_to_internlm2(made, folder / "back")
+    made = convert_to_llama(model, folder / "llama", max_shard_size=100_000, verify="tied" in request.param)
+    back = convert_to_internlm2(made, folder / "back", verify="bias" in request.param)  # one fresh process each way
+    return model, made, back
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ print(json.dumps({
 
 def test_a_process_without_us_reads_ids_template_and_stops(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", bias=True, rope_scaling={"type": "dynamic", "factor": 2.0})
-    made = convert_to_llama(model, tmp_path / "llama")
+    made = convert_to_llama(model, tmp_path / "llama", verify=False)
     words = json.dumps([str(made), TEXTS, TALK])
     done = subprocess.run([sys.executable, "-c", STRANGER, words], capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
@@ -197,7 +198,7 @@ def test_mistakes_are_told_and_nothing_is_written(name: str, tmp_path: Path) -> 
 
 
 def test_a_llama_that_is_no_internlm2_is_refused(tmp_path: Path) -> None:
-    made = convert_to_llama(make_model(tmp_path / "model"), tmp_path / "llama")
+    made = convert_to_llama(make_model(tmp_path / "model"), tmp_path / "llama", verify=False)
     edit(made, mlp_bias=True, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     with pytest.raises(UserError, match=r"mlp_bias.*rope type 'yarn'"):
         convert_to_internlm2(made, tmp_path / "back")
@@ -209,7 +210,7 @@ def test_what_is_there_is_never_overwritten(tmp_path: Path, capsys: pytest.Captu
     model = make_model(tmp_path / "model")
     assert run(["convert", "llama", str(model), str(model)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    assert run(["convert", "llama", str(model), str(tmp_path / "llama")]) == 0
+    assert run(["convert", "llama", str(model), str(tmp_path / "llama"), "--no-verify"]) == 0
     assert run(["convert", "internlm2", str(tmp_path / "llama"), str(tmp_path / "llama")]) == 2
 
 
@@ -224,6 +225,16 @@ def test_a_wrong_layout_is_found_before_it_is_published(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(llama, "as_llama", swapped)
     with pytest.raises(RuntimeError, match=r"layers.0.attention.wqkv.weight differs"):
-        convert_to_llama(model, tmp_path / "llama")
+        convert_to_llama(model, tmp_path / "llama", verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     shutil.rmtree(model)
+
+
+def test_the_record_says_what_was_compared(converted: tuple[Path, Path, Path]) -> None:
+    _, made, back = converted
+    for folder in (made, back):
+        record = json.loads((folder / "conversion.json").read_text())
+        said = " ".join(record["checked"])
+        assert "mapped back" in said
+        if not record["not_checked"]:
+            assert all(word in said for word in ("sha256", "tokenizer ids", "chat template", "RoPE", "logits"))

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from tuner.convert.layout import Source, digest, piece_of
+from tuner.convert.llama_again import Tensors, fused_tensors, origin_of, split_tensors
 from tuner.convert.llama_form import (
     Shapes,
     Sources,
@@ -23,6 +24,7 @@ from tuner.convert.llama_form import (
 from tuner.convert.model_files import model_tensors
 from tuner.convert.output import check_absent, publishing
 from tuner.convert.record import Checks, write_record
+from tuner.convert.reload import check_reload
 from tuner.convert.settings import write_json
 from tuner.convert.sharding import DEFAULT_SHARD_SIZE, write_shards
 from tuner.convert.tensors import total_bytes
@@ -31,7 +33,7 @@ from tuner.errors import UserError
 from tuner.model.internlm2.configuration import InternLM2Config
 
 
-def convert_to_llama(model: Path, out: Path, *, max_shard_size: int = DEFAULT_SHARD_SIZE) -> Path:
+def convert_to_llama(model: Path, out: Path, *, max_shard_size: int = DEFAULT_SHARD_SIZE, verify: bool = True) -> Path:
     """Write an InternLM2 directory as one of Llama, which needs no code beyond transformers.
 
     Raises:
@@ -44,11 +46,15 @@ def convert_to_llama(model: Path, out: Path, *, max_shard_size: int = DEFAULT_SH
     config = InternLM2Config.from_pretrained(model)
     check_shapes(model, tensors, with_tied_head(internlm2_shapes(config), tensors, "output", "model.tok_embeddings"))
     heads = heads_of(config)
-    form = Form("llama", llama_settings(config, settings), as_llama(tensors, heads), write_llama_companions)
-    return write_form(model, out, tensors, form, lambda found: as_internlm2(found, heads), max_shard_size)
+    form = Form(
+        "llama", llama_settings(config, settings), as_llama(tensors, heads), write_llama_companions, split_tensors
+    )
+    return write_form(model, out, tensors, form, lambda found: as_internlm2(found, heads), max_shard_size, verify)
 
 
-def convert_to_internlm2(model: Path, out: Path, *, max_shard_size: int = DEFAULT_SHARD_SIZE) -> Path:
+def convert_to_internlm2(
+    model: Path, out: Path, *, max_shard_size: int = DEFAULT_SHARD_SIZE, verify: bool = True
+) -> Path:
     """Write a Llama directory as one of InternLM2; errors as in `convert_to_llama`."""
     check_absent(out)
     tensors = without_buffers(model_tensors(model))
@@ -58,8 +64,8 @@ def convert_to_internlm2(model: Path, out: Path, *, max_shard_size: int = DEFAUL
     heads = heads_of(config)
     shapes = with_tied_head(llama_shapes(config), tensors, "lm_head", "model.embed_tokens")
     check_shapes(model, tensors, shapes)
-    form = Form("internlm2", written, as_internlm2(tensors, heads), write_internlm2_companions)
-    return write_form(model, out, tensors, form, lambda found: as_llama(found, heads), max_shard_size)
+    form = Form("internlm2", written, as_internlm2(tensors, heads), write_internlm2_companions, fused_tensors)
+    return write_form(model, out, tensors, form, lambda found: as_llama(found, heads), max_shard_size, verify)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Form:
     tensors: Sources
     companions: Callable[[Path, Path], None]
     """writes tokenizer and stop tokens"""
+    again: Tensors
+    """the tensors once more, from the source's directory, by other code"""
 
 
 def with_tied_head(shapes: Shapes, tensors: Sources, head: str, table: str) -> Shapes:
@@ -84,7 +92,13 @@ def without_buffers(tensors: Mapping[str, Source]) -> Sources:
 
 
 def write_form(
-    model: Path, out: Path, tensors: Sources, form: Form, back: Callable[[Sources], Sources], max_shard_size: int
+    model: Path,
+    out: Path,
+    tensors: Sources,
+    form: Form,
+    back: Callable[[Sources], Sources],
+    max_shard_size: int,
+    verify: bool,
 ) -> Path:
     """Write the directory, read it again, and compare what comes back through the other direction with the source."""
     pieces = [piece_of(name, source) for name, source in form.tensors.items()]
@@ -95,7 +109,9 @@ def write_form(
         form.companions(model, draft)
         compare(tensors, back(dict(model_tensors(draft))))
         checks.checked.append("every tensor, read from the written files and mapped back, has the bytes of the source")
+        check_reload(origin_of(model, form.again), draft, digests, checks, verify=verify)
         write_record(draft, form.kind, {"model": model.resolve().name}, pieces, digests, checks)
+    print(checks.summary(), flush=True)
     return out
 
 
