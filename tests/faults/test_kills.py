@@ -130,7 +130,7 @@ def test_twenty_times_a_file_that_cannot_grow(tmp_path):
         assert trials.wait() == [2], "the last checkpoint could not be written, which the user can mend"
         said = trials.log.read_text()
         assert said.count("Training goes on") == 5
-        assert "Traceback" not in said.replace("Traceback (most recent call last)", "", 1)
+        assert "Traceback" not in said
         assert "File too large" in said
         assert not list_checkpoints(trials.work_dir)
         trials.finish()

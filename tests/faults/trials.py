@@ -66,7 +66,7 @@ def rank_main(environment: dict[str, str], log: Path, source: str, work_dir: Pat
     try:
         train(source, work_dir=work_dir, resume="auto" if list_checkpoints(work_dir) else None)
     except Exception as error:
-        tell(error, debug=True)
+        tell(error, debug=fault.max_file_size is None)
         os._exit(exit_code(error))
 
 
