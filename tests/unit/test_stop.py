@@ -163,6 +163,22 @@ def test_signals_are_taken_while_the_main_thread_does_not_return(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "what a launcher passes on late does no harm"
 
 
+def test_the_end_does_not_wait_for_children_that_hold_the_sockets_open(tmp_path):
+    with Stop(tmp_path, ALONE).heeded():
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        listener = next(thread for thread in threading.enumerate() if thread.name == "stop")
+        ender = threading.Timer(20, os.kill, (child, signal.SIGKILL))
+        ender.start()
+    assert not listener.is_alive()
+    assert ender.is_alive(), "it ended with the child"
+    ender.cancel()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_only_the_first_rank_looks_for_the_file_and_nohup_holds(tmp_path):
     (tmp_path / "stop").touch()
     assert Stop(tmp_path, World(0, 2)).asked() == BY_FILE

@@ -64,9 +64,10 @@ class Stop:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_IGN if self._number else handler or signal.SIG_DFL)
             signal.set_wakeup_fd(wakeup)
-            signals.close()  # which ends the listener
+            ours.shutdown(socket.SHUT_RDWR)  # which ends the listener; data workers hold copies of both ends open
             listener.join()
             ours.close()
+            signals.close()
 
     def _listen(self, signals: socket.socket) -> None:
         while received := signals.recv(1):
