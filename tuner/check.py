@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +28,11 @@ from tuner.engine.bad_steps import ON_NONFINITE
 from tuner.engine.precision import PRECISIONS
 from tuner.errors import UserError
 from tuner.model.attention import BACKENDS
-from tuner.model.build import WEIGHTS, build_llm
+from tuner.model.build import WEIGHTS, build_llm, read_config
 from tuner.model.directory import check_model_directory, check_weights, looks_local
 from tuner.model.tokenizer import build_tokenizer
 from tuner.nearest import did_you_mean, did_you_mean_or_all
+from tuner.parallel.mesh import check_heads, read_degrees
 
 logger = logging.getLogger("tuner")
 NEEDED = (
@@ -153,6 +155,7 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     known = {node.path: node.values for node in nodes if is_known(node)}
     problems += wrong_deepspeed(known)
     problems += wrong_fsdp(known.get("strategy", {}))
+    problems += wrong_sharing(known.get("strategy", {}), nodes)
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))
     for node in nodes:
@@ -312,6 +315,26 @@ def wrong_fsdp(strategy: Mapping[str, Any]) -> list[str]:
     known = isinstance(choice, str) and choice in SHARDINGS
     problems = [] if known else [f"strategy.fsdp = {choice!r}: allowed is one of {', '.join(SHARDINGS)}, or None."]
     return problems + ([two_at_once(deepspeed, choice)] if deepspeed is not None else [])
+
+
+def wrong_sharing(strategy: Mapping[str, Any], nodes: list[Node]) -> list[str]:
+    """Ranks that are to share a sequence and cannot share the heads of a model whose config.json lies on this disk."""
+    setting = strategy.get("sequence_parallel_size", 1)
+    problems = complaints(read_degrees, [setting])
+    given = [node.values.get("path") for node in nodes if node.type is build_llm]
+    paths = [path for path in given if isinstance(path, str) and (Path(path).expanduser() / "config.json").is_file()]
+    if problems or setting == 1 or not paths:
+        return problems
+    shared = read_degrees(setting).ulysses
+    for path in paths:
+        try:
+            config = read_config(path).get_text_config()
+        except UserError:
+            continue  # told by wrong_models
+        num_heads = config.num_attention_heads
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        problems += complaints(partial(check_heads, num_heads, num_kv_heads), [shared])
+    return problems
 
 
 def complaints(inspect_path: Callable[[Any], object], paths: Collection[Any]) -> list[str]:

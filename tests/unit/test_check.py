@@ -178,3 +178,20 @@ def test_a_format_that_an_entry_of_data_path_names_is_looked_at(good: dict[str, 
     assert "data_format = 'sharegtp': allowed is one of" in message
     assert "Did you mean sharegpt" in message
     assert message.count("sharegtp") == 1
+
+
+@pytest.mark.parametrize(
+    ("sharing", "told"),
+    [
+        (16, ""),
+        (3, "3 ranks cannot share 32 query heads and 8 kv heads. Sizes that can: 1, 2, 4, 8, 16, 32. For more ranks"),
+        ({"ulysses": 3, "ring": 2}, "3 ranks cannot share"),
+        ({"ulyses": 2}, "sequence_parallel_size = {'ulyses': 2} is not understood. Give a number of ranks from 1"),
+        (0, "sequence_parallel_size = 0 is not understood"),
+    ],
+)
+def test_ranks_that_cannot_share_the_heads_are_told(sharing: object, told: str, good: dict[str, object]):
+    config = {"model_type": "internlm2", "vocab_size": 100, "num_attention_heads": 32, "num_key_value_heads": 8}
+    (Path(str(good["model_path"])) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = problems(good | {"sequence_parallel_size": sharing})
+    assert found.startswith(told) if told else not found

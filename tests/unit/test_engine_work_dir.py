@@ -179,3 +179,12 @@ def test_a_config_of_the_users_own_is_left_as_it_is(tmp_path):
     assert (tmp_path / "config.py").read_text() == "mine = 1\n"
     write_config(tmp_path, "seed = 0\n", is_resumed=True)
     assert (tmp_path / "config.py").read_text() == "seed = 0\n"
+
+
+def test_what_a_run_that_failed_early_has_left_is_replaced_unless_somebody_edited_it(tmp_path):
+    for source in ("sequence_parallel_size = 3\n", "sequence_parallel_size = 2\n"):
+        write_config(tmp_path, source, is_resumed=False)
+        assert (tmp_path / "config.py").read_text() == source
+    (tmp_path / "config.py").write_text("mine = 1\n")
+    with pytest.raises(UserError, match="exists and is another config"):
+        write_config(tmp_path, "seed = 0\n", is_resumed=False)

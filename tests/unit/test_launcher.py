@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from tuner.errors import UserError
 from tuner.failures import Failure, is_echo
 from tuner.launch import slurm
-from tuner.launch.command import check_gpus, enter_step
+from tuner.launch.command import check_gpus, check_size, enter_step
 from tuner.launch.launcher import Run, cause, launch
 from tuner.launch.options import Node, Options, is_rank_of_another, read_master, read_node
 
@@ -267,12 +268,25 @@ fail(OSError("no such disk")) if rank == 1 else stay()
         assert "recvValue" not in text, "no node leaves before the others know"
 
 
-def test_a_node_that_never_comes(start: Callable):
+def test_a_node_that_never_comes(start: Callable, capfd: pytest.CaptureFixture):
     node = Node(1, 0, 3, "127.0.0.1", free_port())
     with pytest.raises(UserError, match=r"1 of 3 nodes came within 1 s: 0 \(.*\)\. Missing: 1, 2\..*--node-timeout"):
         start("", node=node, node_timeout=1)
-    with pytest.raises(UserError, match=r"Node 1 of 2 came, but node 0 did not answer at 127.0.0.1:.* within 1 s"):
+    with pytest.raises(UserError, match=r"node 0 did not answer at 127.0.0.1:.* within 1 s \(Connection refused\)"):
         start("", node=Node(1, 1, 2, "127.0.0.1", free_port()), node_timeout=1)
+    assert capfd.readouterr() == ("", ""), "no trace of torch's"
+
+
+def test_too_many_ranks_are_told_when_the_nodes_have_met(tmp_path: Path):
+    check = partial(check_size, {"sequence_parallel_size": {"ulysses": 2, "ring": 2}, "deepspeed": None}, 3)
+    run = Run("", tmp_path, None, [sys.executable, "-c", "raise SystemExit(9)"], check_size=check)
+    with pytest.raises(UserError, match=r"4 ranks \(ulysses=2, ring=2\) does not fit 3 ranks.* Sizes that do: 1, 3"):
+        launch(run, Node(3), Options())
+    with pytest.raises(
+        UserError, match=r"zero_hpz_partition_size 3 does not divide the 8 .* Sizes that do: 1, 2, 4, 8"
+    ):
+        check_size({"deepspeed": "zero3_hpz", "hpz_partition_size": 3}, 4, 8)
+    check_size({"sequence_parallel_size": 4, "deepspeed": "zero3_hpz"}, 4, 8)
 
 
 def test_a_port_in_use_is_named(start: Callable):

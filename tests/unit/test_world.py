@@ -82,11 +82,11 @@ def dataset(fingerprint: str) -> Any:
 def compare(size: int) -> list[str]:
     """What a training says that begins with other shards, or with another config."""
     rank = dist.get_rank()
-    compare_run("lr = 1", SimpleNamespace(dataset=dataset("abc")), World(rank, size))
+    compare_run("lr = 1", {"lr": 1}, SimpleNamespace(dataset=dataset("abc")), World(rank, size))
     said = []
-    for source, shards in [("lr = 1", f"made by {rank}"), (f"lr = {rank}", "abc")]:
+    for lr, shards in [(1, f"made by {rank}"), (rank, "abc")]:
         try:
-            compare_run(source, SimpleNamespace(dataset=dataset(shards)), World(rank, size))
+            compare_run(f"lr = {lr}", {"lr": lr}, SimpleNamespace(dataset=dataset(shards)), World(rank, size))
         except UserError as error:
             said.append(str(error))
     return said
@@ -97,3 +97,4 @@ def test_ranks_with_other_shards_or_configs_stop_all_with_one_message():
     assert first == second
     assert "The ranks do not run the same thing:\n  - data: made by 0 on rank 0 (" in first[0]
     assert "The ranks do not run the same thing:\n  - config: " in first[1]
+    assert "\n  - setting lr: 0 on rank 0 (" in first[1]

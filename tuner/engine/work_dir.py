@@ -1,6 +1,7 @@
 """The directory of a run: locked while it trains, and never written over what was there."""
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -28,6 +29,8 @@ from tuner.errors import UserError
 
 LOCK = ".lock"
 CONFIG = "config.py"
+WRITTEN = ".config.sha256"
+"""beside the config.py of a run, whose hash it holds: what a run has written and nobody edited may be replaced"""
 
 
 @contextmanager
@@ -184,6 +187,18 @@ def write_config(work_dir: Path, source: str, is_resumed: bool) -> None:
     """
     path = work_dir / CONFIG
     is_used = is_resumed or (work_dir / "metrics.jsonl").exists()
-    if path.exists() and not is_used and path.read_text(encoding="utf-8") != source:
+    if path.exists() and not is_used and path.read_text(encoding="utf-8") != source and not is_a_runs(path):
         raise UserError(f"{path} exists and is another config; it was left as it is. Choose another --work-dir.")
     write_text_atomically(path, source)
+    write_text_atomically(path.with_name(WRITTEN), digest(path))
+
+
+def is_a_runs(path: Path) -> bool:
+    """Whether a config.py is as a run has written it, one that failed before its first step."""
+    note = path.with_name(WRITTEN)
+    return note.exists() and note.read_text(encoding="utf-8") == digest(path)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, with a line end."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() + "\n"

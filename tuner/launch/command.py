@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,8 @@ def launch(job: Job, node: Node, options: Options) -> int:
         with locked(work_dir):
             choose_checkpoints(work_dir, job.resume)
     command = [sys.executable, "-m", "tuner", *job.arguments]
-    return run_all(Run(source, work_dir, job.resume, command, "--debug" in job.arguments), node, options)
+    is_debug, check = "--debug" in job.arguments, partial(check_size, config.strategy, node.num_processes)
+    return run_all(Run(source, work_dir, job.resume, command, is_debug, check), node, options)
 
 
 def check_job(job: Job) -> tuple[str, Any]:
@@ -137,6 +139,17 @@ def check_job(job: Job) -> tuple[str, Any]:
     finally:
         logger.setLevel(level)
     return source, config
+
+
+def check_size(strategy: Mapping[str, Any], num_local: int, num_ranks: int) -> None:
+    """UserError where the strategy of a config cannot be spread over `num_ranks`, of which a node has `num_local`."""
+    from tuner.engine.zero_config import Settings, check_ranks
+    from tuner.parallel.mesh import arrange, read_degrees
+
+    arrange(num_ranks, read_degrees(strategy.get("sequence_parallel_size", 1)))
+    if (choice := strategy.get("deepspeed")) is not None:
+        size = strategy.get("hpz_partition_size")
+        check_ranks(choice, Settings(world_size=num_ranks, local_size=num_local, hpz_partition_size=size))
 
 
 def check_gpus(nproc: int, config: Any) -> None:

@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -35,6 +35,7 @@ class Run(NamedTuple):
     resume: str | None
     command: Sequence[str]
     debug: bool = False
+    check_size: Callable[[int], None] = lambda num_ranks: None  # UserError where so many ranks cannot do it
 
     @property
     def log_dir(self) -> Path:
@@ -90,13 +91,15 @@ def launch(run: Run, node: Node, options: Options) -> int:
     """Run the processes of this node to their end, together with those of the others; the exit code of the command.
 
     Raises:
-        UserError: the nodes do not meet, or a port is in use; what stops a rank is told, and comes as an exit code.
+        UserError: the nodes do not meet, their ranks are a wrong number, or a port is in use; what stops a rank is
+            told, and comes as an exit code.
     """
     run.log_dir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="tuner-launch-"))
     signals = Signals()
     try:
         nodes = meet(node, timeout=options.node_timeout, say=say)
+        run.check_size(sum(nodes.counts))
         with signals.taken():
             return run_attempts(run, nodes, signals, options, directory)
     finally:

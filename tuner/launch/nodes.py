@@ -16,6 +16,7 @@ from tuner.launch.options import Node
 
 ANSWER_SECONDS = 30.0  # for the first node to answer a question, once the nodes have met
 LEAVE_SECONDS = 60.0  # for the slowest node to end its ranks
+CONNECT_SECONDS = 5.0
 SAY_SECONDS = 30.0  # between two lines about who is missing
 LOST = (dist.DistNetworkError, dist.DistStoreError)
 
@@ -138,7 +139,7 @@ def meet(node: Node, *, timeout: float, say: Callable[[str], None]) -> Nodes:
     if node.num_nodes == 1:
         return Nodes(node, None, [node.num_processes])
     deadline = time.monotonic() + timeout
-    store = open_store(node.host, node.port) if node.is_first else find_store(node, timeout)
+    store = open_store(node.host, node.port) if node.is_first else find_store(node, timeout, say)
     own = {"host": socket.gethostname(), "processes": node.num_processes, "nodes": node.num_nodes}
     with lost_means(f"Node 0 at {node.host}:{node.port} left before all nodes had come; its own output says why."):
         if store.add(f"claims/{node.rank}", 1) > 1:
@@ -161,18 +162,34 @@ def lost_means(message: str) -> Iterator[None]:
         raise UserError(message) from error
 
 
-def find_store(node: Node, timeout: float) -> dist.TCPStore:
+def find_store(node: Node, timeout: float, say: Callable[[str], None]) -> dist.TCPStore:
     """The store that the first node serves, which may start later than this one."""
+    started = said = time.monotonic()
+    # asked for without torch, which would bury our message under a trace of its own C++
+    while (refusal := try_connection(node.host, node.port)) is not None:
+        waited = time.monotonic() - started
+        if waited > timeout:
+            raise UserError(
+                f"Node {node.rank} of {node.num_nodes} came, but node 0 did not answer at {node.host}:{node.port} "
+                f"within {timeout:g} s ({refusal}). Start it there, check that --master names it and that no firewall "
+                "closes the port; --node-timeout waits longer."
+            )
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            say(f"waiting for node 0 at {node.host}:{node.port}, {waited:.0f} s ({refusal})")
+        time.sleep(0.2)
+    with lost_means(f"What answers at {node.host}:{node.port} is not node 0 of a run. Choose another port: --master."):
+        seconds = timedelta(seconds=ANSWER_SECONDS)
+        return dist.TCPStore(node.host, node.port, None, False, seconds, wait_for_workers=False)
+
+
+def try_connection(host: str, port: int) -> str | None:
+    """Why nothing answers there; None where something does."""
     try:
-        store = dist.TCPStore(node.host, node.port, None, False, timedelta(seconds=timeout), wait_for_workers=False)
-    except LOST as error:
-        raise UserError(
-            f"Node {node.rank} of {node.num_nodes} came, but node 0 did not answer at {node.host}:{node.port} within "
-            f"{timeout:g} s. Start it there, check that --master names it and that no firewall closes the port; "
-            "--node-timeout waits longer."
-        ) from error
-    store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
-    return store
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def wait_for_nodes(store: dist.Store, node: Node, deadline: float, timeout: float, say: Callable[[str], None]) -> None:

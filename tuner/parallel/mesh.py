@@ -43,14 +43,18 @@ class Layout(NamedTuple):
 
 
 def read_degrees(setting: int | Mapping[str, int]) -> Degrees:
-    """What a config says: 8 stands for Ulysses alone, dict(ulysses=8, ring=2) for both."""
-    parts = {"ulysses": setting} if isinstance(setting, int) else dict(setting)
+    """What a config says: 8 stands for Ulysses alone, dict(ulysses=8, ring=2) for both.
+
+    Raises:
+        UserError: it is something else.
+    """
+    parts = dict(setting) if isinstance(setting, Mapping) else {"ulysses": setting}
     unknown = sorted(set(parts) - set(Degrees._fields))
     wrong = [name for name, size in parts.items() if type(size) is not int or size < 1]
     if unknown or wrong:
         raise UserError(
-            f"sequence parallelism over {setting!r} ranks is not understood. "
-            "Give a positive integer such as 8, or dict(ulysses=8, ring=2)."
+            f"sequence_parallel_size = {setting!r} is not understood. "
+            'Give a number of ranks from 1, such as 8, or {"ulysses": 8, "ring": 2}.'
         )
     return Degrees(**parts)
 
@@ -109,9 +113,10 @@ def check_heads(num_heads: int, num_kv_heads: int, ulysses: int) -> None:
     """UserError unless `ulysses` ranks can share the heads; says which numbers could."""
     legal = legal_degrees(num_heads, num_kv_heads)
     if ulysses not in legal:
+        longer = f'sequence_parallel_size = {{"ulysses": {legal[-1]}, "ring": 2}}'
         raise UserError(
             f"{ulysses} ranks cannot share {num_heads} query heads and {num_kv_heads} kv heads. Sizes that can: "
-            f"{_listed(legal)}. For more ranks add a ring: sequence_parallel = dict(ulysses={legal[-1]}, ring=2)."
+            f"{_listed(legal)}. For more ranks add a ring: {longer}."
         )
 
 
