@@ -2,7 +2,6 @@
 
 import copy
 import json
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tuner.check import check
 from tuner.config import loads
@@ -31,10 +30,9 @@ from tuner.errors import StoppedError, UserError
 from tuner.masking import mask_source
 from tuner.model.build import build_llm
 from tuner.model.hollow import Hold
+from tuner.model.tokenizer import check_vocabulary
 from tuner.parallel.mesh import Layout, arrange, build_mesh
 
-
-MAX_SHOWN = 60  # characters of a setting that differs between ranks
 
 def train(source: str, *, work_dir: Path, resume: str | None = None, name: str = "config.py") -> Path:
     """Train what the config says; returns the work dir.
@@ -60,7 +58,7 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
             write_config(work_dir, kept, is_resumed=bool(checkpoints))
         prepared = prepare(config, world)
         with meeting(config, prepared, work_dir):
-            compare_run(source, settings, prepared.dataloader, world)
+            compare_run(source, prepared.dataloader, world)
             checkpoints = from_first(checkpoints, world)
             check_shared(work_dir, world)
             prepared.strategy.place(world, build_mesh(prepared.strategy.degrees))
@@ -103,15 +101,10 @@ def meeting(config: Any, prepared: "Prepared", work_dir: Path) -> Iterator[None]
         yield
 
 
-def compare_run(source: str, settings: Mapping[str, Any], dataloader: DataLoader, world: World) -> None:
-    """Raise a UserError, the same on all ranks, where they have other configs, data or code; all must call it.
-
-    Args:
-        settings: of the config, without secrets; those that differ are shown.
-    """
+def compare_run(source: str, dataloader: DataLoader, world: World) -> None:
+    """Raise a UserError, the same on all ranks, where they have other configs, data or code; all must call it."""
     if world.size > 1:
-        shown = {f"setting {name}": textwrap.shorten(repr(value), MAX_SHOWN) for name, value in settings.items()}
-        compare_ranks(world, own_facts(source, dataloader.dataset) | shown)
+        compare_ranks(world, own_facts(source, dataloader.dataset))
 
 
 class Prepared(NamedTuple):
@@ -199,18 +192,3 @@ def save_ledger(dataloader: DataLoader, work_dir: Path) -> None:
     """Where every token went, beside the run that used them."""
     ledger = dataloader.dataset.ledger.to_dict() | {"sources": dataloader.dataset.contributions}
     write_text_atomically(work_dir / "ledger.json", json.dumps(ledger, ensure_ascii=False, indent=1) + "\n")
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel) -> None:
-    """Every id that the tokenizer can give must have a row in the embedding.
-
-    Raises:
-        UserError: before the first step, where an index error (or, on a GPU, a dead process) would say it later.
-    """
-    num_rows = llm.get_input_embeddings().num_embeddings
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= num_rows:
-        raise UserError(
-            f"The tokenizer has ids up to {largest}, the model's embedding only {num_rows} rows. "
-            "Use the tokenizer that belongs to the model (tokenizer.path), or another model_path."
-        )

@@ -19,7 +19,8 @@ from tuner.demo.files import resolve
 from tuner.engine.checkpoint import find_checkpoint, list_checkpoints, verify_checkpoint
 from tuner.errors import UserError
 from tuner.model.build import build_llm
-from tuner.train import check_vocabulary, train
+from tuner.model.tokenizer import check_vocabulary
+from tuner.train import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WEIGHTS = "model-00000-of-00001.safetensors"

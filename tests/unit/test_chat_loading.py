@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_tokenizer import write_directory
 from transformers import AutoModelForCausalLM
 
-from tuner.chat.loading import find_source, load_llm, load_template, load_tokenizer
+from tuner.chat.loading import find_source, load_llm, load_template, load_tokenizer, with_adapter
 from tuner.errors import UserError
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
@@ -73,6 +73,31 @@ def test_an_adapter_alone_names_its_base_and_tokenizer_and_template_are_found(ba
         find_source(str(own), None)
     with pytest.raises(UserError, match="is an adapter itself"):
         find_source(str(adapter), own)
+
+
+def in_place(name: str) -> str:
+    """What the model that was trained calls a tensor of peft's file."""
+    return (
+        name.removeprefix("base_model.model.")
+        .replace("lora_A.", "lora_A.default.")
+        .replace("lora_B.", "lora_B.default.")
+    )
+
+
+def test_an_adapter_in_a_checkpoint_is_read_as_the_one_that_peft_saves(base, adapter, tmp_path):
+    tensors = {in_place(name): tensor for name, tensor in load_file(adapter / WEIGHTS).items()}
+    (tmp_path / "hf").mkdir()
+    shutil.copy(adapter / "adapter_config.json", tmp_path / "hf")
+    (tmp_path / "manifest.json").touch()
+    file = tmp_path / "model-00000-of-00001.safetensors"
+    save_file(tensors, file)
+    source = with_adapter(str(base), tmp_path / "hf")
+    assert source.checkpoint == tmp_path
+    assert torch.equal(logits(load_llm(source)), logits(load_llm(find_source(str(base), adapter))))
+    for wrong in damaged(tensors).values():
+        save_file(wrong, file)
+        with pytest.raises(UserError, match="does not fit this model"):
+            load_llm(source)
 
 
 def damaged(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

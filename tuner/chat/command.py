@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+import torch
 
 from tuner.chat.answers import INTERPRETER, Answers, read_tools
 from tuner.chat.functions import FunctionFile
@@ -15,6 +15,7 @@ from tuner.chat.terminal import converse
 from tuner.dataset.messages import function_body, is_interpreter
 from tuner.dataset.templates import ActionGrammar, ChatTemplate
 from tuner.errors import UserError
+from tuner.model.tokenizer import check_vocabulary
 
 
 def chat(
@@ -44,7 +45,7 @@ def chat(
         UserError: what cannot be loaded, an unknown template, tools that are not JSON, a file without functions.
     """
     settings = generation(sampling["max_new_tokens"], sampling["temperature"])
-    set_seed(sampling["seed"])
+    torch.manual_seed(sampling["seed"])  # also of GPUs; nothing else is drawn
     declared = read_tools(tools) if tools else None
     source = find_source(model_dir, adapter)
     if source.is_named_by_adapter:
@@ -56,7 +57,9 @@ def chat(
         tokenizer = load_tokenizer(source)
         chat_template = load_template(source, tokenizer, template)
         answers = who_answers(declared, functions, allow_code, chat_template)
-        session = ChatSession(load_llm(source), tokenizer, template=chat_template, generation=settings)
+        llm = load_llm(source)
+        check_vocabulary(tokenizer, llm)
+        session = ChatSession(llm, tokenizer, template=chat_template, generation=settings)
         opening: list[Message] = [{"role": "system", "content": system}] if system else []
         if sys.stdin.isatty():
             import readline  # noqa: F401 - gives input() its line editing and its history

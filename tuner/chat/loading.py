@@ -23,14 +23,18 @@ from tuner.model.hollow import Hold
 from tuner.model.tokenizer import build_tokenizer
 
 TEMPLATE_NOTE = "template.json"
+WRAPPED = "base_model.model."
+"""before the names of a model's tensors, once peft has wrapped the model"""
+COVERED = (".base_layer.", ".original_module.")
+"""in the names of a base's tensors to which an adapter adds something, or that it replaces"""
 
 
 class Source(NamedTuple):
-    """Where a model comes from. `checkpoint` is one of ours, whose hf/ has everything but weights."""
+    """Where a model comes from. A checkpoint is one of ours, whose hf/ has everything but weights."""
 
     base: str  # a place that `build_llm` takes
-    adapter: Path | None = None
-    checkpoint: Path | None = None
+    adapter: Path | None = None  # directory of an adapter's config
+    checkpoint: Path | None = None  # that holds the weights: of the adapter where there is one, else of the model
     is_named_by_adapter: bool = False
 
     @property
@@ -48,7 +52,7 @@ def find_source(model_dir: str, adapter: Path | None) -> Source:
     if adapter is not None:
         if is_adapter(Path(model_dir)):
             raise UserError(f"{model_dir} is an adapter itself. Give its base model: tuner chat BASE --adapter DIR")
-        return Source(model_dir, trained_directory(adapter) if is_trained_here(adapter) else adapter)
+        return with_adapter(model_dir, trained_directory(adapter) if is_trained_here(adapter) else adapter)
     path = Path(model_dir)
     place = trained_directory(path) if is_trained_here(path) else path
     if not is_adapter(place):
@@ -56,7 +60,12 @@ def find_source(model_dir: str, adapter: Path | None) -> Source:
     base = read_adapter_config(place).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{place} does not name its base model. Give both: tuner chat BASE --adapter {model_dir}")
-    return Source(base, place, is_named_by_adapter=True)
+    return with_adapter(base, place)._replace(is_named_by_adapter=True)
+
+
+def with_adapter(base: str, directory: Path) -> Source:
+    """A base and an adapter, whose weights lie beside its config or, in a checkpoint of ours, above it."""
+    return Source(base, directory, directory.parent if (directory.parent / MANIFEST).is_file() else None)
 
 
 def is_trained_here(path: Path) -> bool:
@@ -73,12 +82,12 @@ def trained_directory(path: Path) -> Path:
 
 def load_llm(source: Source) -> PreTrainedModel:
     """The model of a source, in evaluation mode, on a GPU in bf16 where there is one, else on the CPU in fp32."""
-    if source.checkpoint is None:
-        llm = build_llm(source.base)
-    else:
+    if source.checkpoint is not None and source.adapter is None:
         llm = build_llm(source.base, weights="random", hold=fill(source.checkpoint))  # none is drawn: all are read
+    else:
+        llm = build_llm(source.base)
     if source.adapter is not None:
-        llm = add_adapter(llm, source.adapter)
+        llm = add_adapter(llm, source.adapter, source.checkpoint)
     if torch.cuda.is_available():
         for parameter in llm.parameters():  # buffers keep their dtype: rotary frequencies are fp32 in every model
             parameter.data = parameter.data.to("cuda", torch.bfloat16)
@@ -99,31 +108,57 @@ def fill(checkpoint: Path) -> Hold:
     return hold
 
 
-def add_adapter(llm: PreTrainedModel, directory: Path) -> PreTrainedModel:
+def add_adapter(llm: PreTrainedModel, directory: Path, checkpoint: Path | None) -> PreTrainedModel:
     """The model with an adapter, unmerged: every weight of the adapter must have its place, and every place its weight.
 
     Raises:
         UserError: it is no LoRA in safetensors, or belongs to another model.
     """
-    from peft import PeftModel, get_peft_model_state_dict  # seconds to import, for a chat without one
-
     read_adapter_config(directory)
-    file = check_adapter_weights(directory)
     try:
-        with safe_open(file, framework="pt") as opened:
-            given = set(opened.keys())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing weights, which are refused below
-            model = PeftModel.from_pretrained(llm, str(directory), is_trainable=False)
+            add = add_saved(llm, directory) if checkpoint is None else add_trained(llm, directory, checkpoint)
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"The adapter {directory} does not fit this model: {str(error).splitlines()[0]}") from error
-    meant = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if wrong := sorted(given ^ meant):
+    if wrong := sorted(add.given ^ add.meant):
         raise UserError(
-            f"The adapter {directory} does not fit this model: {len(given - meant)} of its {len(given)} weights have "
-            f"no place, {len(meant - given)} places have no weight, such as {wrong[0]}. Name its own base."
+            f"The adapter {directory} does not fit this model: {len(add.given - add.meant)} of its {len(add.given)} "
+            f"weights have no place, {len(add.meant - add.given)} places have no weight, such as {wrong[0]}. Name its "
+            "own base."
         )
-    return model
+    return add.model
+
+
+class Added(NamedTuple):
+    """A model with an adapter: the names of the weights that were given, and of those that it has."""
+
+    model: Any
+    given: set[str]
+    meant: set[str]
+
+
+def add_saved(llm: PreTrainedModel, directory: Path) -> Added:
+    """From a directory that peft or `tuner convert` wrote."""
+    from peft import PeftModel, get_peft_model_state_dict  # seconds to import, for a chat without one
+
+    with safe_open(check_adapter_weights(directory), framework="pt") as opened:
+        given = set(opened.keys())
+    model = PeftModel.from_pretrained(llm, str(directory), is_trainable=False)
+    return Added(model, given, set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+
+
+def add_trained(llm: PreTrainedModel, directory: Path, checkpoint: Path) -> Added:
+    """From a checkpoint, whose tensors have the names of the model that was trained, adapter in place."""
+    from peft import PeftConfig, PeftModel
+
+    base = {WRAPPED + name for name, _ in llm.named_parameters()}
+    model = PeftModel(llm, PeftConfig.from_pretrained(str(directory)))
+    tensors = {WRAPPED + name: tensor for name, tensor in TensorFiles(checkpoint, WEIGHTS).items()}
+    model.load_state_dict(tensors, strict=False)
+    names = [name for name, _ in model.named_parameters()]
+    meant = {name for name in names if name not in base and not any(part in name for part in COVERED)}
+    return Added(model, set(tensors), meant)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tuner.demo.files import resolve
 from tuner.errors import UserError
@@ -40,6 +40,21 @@ def build_tokenizer(path: str) -> PreTrainedTokenizerFast:
             "tokenizer.json of the model."
         )
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel) -> None:
+    """Every id that the tokenizer can give must have a row in the embedding.
+
+    Raises:
+        UserError: an index error (or, on a GPU, a dead process) would say it later.
+    """
+    num_rows = llm.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_rows:
+        raise UserError(
+            f"The tokenizer has ids up to {largest}, the model's embedding only {num_rows} rows. "
+            "Use the tokenizer that belongs to the model (tokenizer.path), or another model_path."
+        )
 
 
 def _directory(path: str) -> Path:
