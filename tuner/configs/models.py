@@ -32,6 +32,8 @@ ONE_80GB = "1 x 80 GB"
 EIGHT_80GB = "8 x 80 GB, --deepspeed zero3"
 SIXTEEN_80GB = "16 x 80 GB, --deepspeed zero3"
 
+SFT = ("sft_full", "sft_lora", "sft_qlora")
+
 MODELS: dict[str, Model] = {
     "internlm2_tiny": Model(
         about="InternLM2, a few M parameters, from scratch",
@@ -52,7 +54,7 @@ MODELS: dict[str, Model] = {
             "save_interval": 1000,
         },
         recipes={
-            "sft_full": {"data_path": "demo:train.jsonl", "sample_interval": 500},
+            **{recipe: {"data_path": "demo:train.jsonl", "sample_interval": 500} for recipe in SFT},
             "pretrain": {"data_path": "demo:text.jsonl"},
         },
     ),

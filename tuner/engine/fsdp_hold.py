@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from tuner.engine.own_parts import own_rows
 from tuner.engine.world import World
-from tuner.engine.zero_hold import first_has, parameter_places, stored_dtypes
+from tuner.engine.zero_hold import first_has, stored_dtypes
+from tuner.model.hollow import parameter_places
 
 
 class LentWeights:

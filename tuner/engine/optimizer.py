@@ -1,7 +1,7 @@
-"""The optimizer of a config: its type with parameter groups; norms and biases are never decayed."""
+"""The optimizer of a config: parameter groups; norms and biases are never decayed, B's may learn faster."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,23 +10,28 @@ from torch.distributed.tensor import DTensor
 
 from tuner.engine.assemble import check_arguments
 from tuner.errors import UserError
+from tuner.model.adapter_weights import bitsandbytes
 from tuner.model.hollow import whole_shape
 
+KINDS = ("adamw", "adamw8bit")
 FUSED_OVER_RANKS = (torch.optim.Adam, torch.optim.AdamW)
 """the fused optimizers that torch has for DTensors"""
 
 
-def build_optimizer(model: nn.Module, node: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """`dict(type=AdamW, lr=..., weight_decay=...)` -> optimizer over the trained parameters of `model`.
+def build_optimizer(model: nn.Module, optim_wrapper: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """`optimizer=dict(type=AdamW, lr=..., weight_decay=...)` -> optimizer over the trained parameters of `model`.
 
     Parameters of fewer than two dimensions (norms, biases) form a group of their own with weight decay 0. The fused
     implementation is taken where the type has one for these tensors: one pass over memory instead of about ten.
-    Each group keeps the config's learning rate as `peak_lr`; the schedule multiplies it.
+    Each group keeps the config's learning rate as `peak_lr`; the schedule multiplies it. With a `lora_plus_ratio`
+    that of LoRA's B is so many times as high (LoRA+, arXiv 2402.12354).
     """
-    optimizer_type = node["type"]
-    arguments = {name: value for name, value in node.items() if name != "type"}
+    node = optim_wrapper["optimizer"]
+    optimizer_type, arguments = named_type(node)
     check_arguments(optimizer_type, {"params": [], **arguments})
     groups = parameter_groups(model)
+    if (ratio := optim_wrapper.get("lora_plus_ratio")) is not None:
+        groups = with_faster_b(groups, ratio * arguments["lr"])
     if "fused" in inspect.signature(optimizer_type).parameters:
         is_spread = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
         arguments.setdefault("fused", True if not is_spread or optimizer_type in FUSED_OVER_RANKS else None)
@@ -36,6 +41,46 @@ def build_optimizer(model: nn.Module, node: Mapping[str, Any]) -> torch.optim.Op
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
+
+
+def adamw(params: Iterable[Any], *, kind: str = "adamw", **arguments: Any) -> torch.optim.Optimizer:
+    """AdamW by name: torch's ("adamw"), or bitsandbytes' whose moments are 8 bits in blocks ("adamw8bit")."""
+    optimizer_type, arguments = named_type({"type": adamw, "kind": kind, **arguments})
+    return optimizer_type(params, **arguments)
+
+
+def named_type(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The optimizer's class and what it is called with.
+
+    Raises:
+        UserError: an unknown kind of `adamw`, or bitsandbytes is not installed.
+    """
+    arguments = {name: value for name, value in node.items() if name != "type"}
+    if node["type"] is not adamw:
+        return node["type"], arguments
+    kind = arguments.pop("kind", "adamw")
+    if kind not in KINDS:
+        raise UserError(f"optimizer={kind!r} is unknown. Choose one of {', '.join(KINDS)}.")
+    return torch.optim.AdamW if kind == "adamw" else bitsandbytes().optim.AdamW8bit, arguments
+
+
+def with_faster_b(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    """The groups with those of LoRA's B apart, at a learning rate of their own; the logged rate stays the first's.
+
+    Raises:
+        UserError: there is no B.
+    """
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        pairs = list(zip(group["names"], group["params"]))
+        for own, is_b in (({}, False), ({"lr": lr}, True)):
+            chosen = [pair for pair in pairs if (".lora_B." in pair[0]) == is_b]
+            if chosen:
+                names, params = [name for name, _ in chosen], [parameter for _, parameter in chosen]
+                split.append({**group, **own, "names": names, "params": params})
+    if all("lr" not in group for group in split):
+        raise UserError("lora_plus_ratio is for LoRA's B, and this model has none. Set it to None.")
+    return sorted(split, key=lambda group: "lr" in group)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -58,8 +103,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"]):
             for key, value in sorted(optimizer.state[parameter].items()):  # of a resumed run they come in another order
-                assert isinstance(value, torch.Tensor), f"{type(optimizer).__name__} keeps {key!r} as {type(value)}"
-                tensors[f"{name}.{key}"] = value
+                kept = torch.tensor(value) if type(value) is int else value  # bitsandbytes' count of steps
+                assert isinstance(kept, torch.Tensor), f"{type(optimizer).__name__} keeps {key!r} as {type(kept)}"
+                tensors[f"{name}.{key}"] = kept
     return tensors
 
 
@@ -71,7 +117,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             own = sorted(key for key in remaining if is_state(key, f"{name}."))
             remaining.difference_update(own)
             # fused optimizers keep each state tensor beside its parameter, the step counter included
-            state = {key.removeprefix(f"{name}."): tensors[key].to(parameter.device) for key in own}
+            state: dict[str, Any] = {key.removeprefix(f"{name}."): tensors[key].to(parameter.device) for key in own}
+            if "step" in state and state["step"].dtype == torch.int64:
+                state["step"] = int(state["step"])
             optimizer.state[parameter] = state
     if remaining:
         raise UserError(f"The checkpoint's optimizer knows parameters that the model has not: {sorted(remaining)[:3]}.")

@@ -7,15 +7,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tuner.engine.precision import PRECISIONS
 from tuner.engine.stepping import Stepping
 from tuner.engine.strategy import Batch
+from tuner.model.adapter import set_compute_dtype
 
 
 class Replicated(Stepping):
-    """fp32 (or wider) weights and the optimizer on every rank; the forward pass runs in `precision`."""
+    """fp32 (or wider) weights and the optimizer on every rank; the forward pass runs in `precision`.
+
+    Under an adapter the frozen linear layers are kept in `precision`, in which they compute.
+    """
 
     def spread(self, model: nn.Module) -> nn.Module:
         """Move the whole model to the device; the ranks agree to sum gradients."""
+        if self.precision != "fp32":
+            set_compute_dtype(model.get_submodule("llm"), PRECISIONS[self.precision])
         model = model.to(self.device)
         self._distributed_model = summing(model, self.device) if self.world.size > 1 else None
         return model

@@ -19,8 +19,10 @@ from tuner.engine.host_copies import HostCopies
 from tuner.engine.randomness import capture_random_state, restore_random_state
 from tuner.engine.strategy import Strategy
 from tuner.engine.tensor_files import file_name, share_of, tensor_pieces
+from tuner.engine.together import from_first
 from tuner.engine.world import World
 from tuner.errors import UserError
+from tuner.model.adapter import adapter_facts, write_adapter_notes
 
 if TYPE_CHECKING:
     from tuner.engine.runner import Runner, RunRecord
@@ -84,6 +86,7 @@ def take_snapshot(runner: "Runner", *, loss: float | None = None, copies: HostCo
             "settings": runner.record.settings,
             "model": model_facts(runner.model.get_submodule("llm")),
             "tokenizer": tokenizer_facts(runner.record.tokenizer),
+            "adapter": adapter_facts(runner.model.get_submodule("llm")),
         }
         files |= {"state.json": as_json(state), "config.py": runner.record.config_text.encode(), **runner.hf_files}
     return Snapshot(strategy.step, shares, files, facts)
@@ -158,13 +161,18 @@ def of_device(state: dict[str, Any], device: int | None) -> dict[str, Any]:
 
 def compare_facts(state: dict[str, Any], runner: "Runner", checkpoint: Path) -> None:
     """UserError that lists what of model and tokenizer is not as it was; tensors are compared when they are read."""
-    llm, tokenizer = runner.model.get_submodule("llm"), runner.record.tokenizer
-    for what, now in (("model", model_facts(llm)), ("tokenizer", tokenizer_facts(tokenizer))):
+    llm, tokenizer, world = runner.model.get_submodule("llm"), runner.record.tokenizer, runner.strategy.world
+    of_adapter = from_first(adapter_facts(llm) if world.is_first else None, world)  # it may read all of the base
+    kinds = {"model": model_facts(llm), "tokenizer": tokenizer_facts(tokenizer), "adapter": of_adapter}
+    problems = []
+    for what, now in kinds.items():
         saved = state[what]
         names = sorted(name for name in saved.keys() & now.keys() if saved[name] != now[name])
         if names:
             shown = "; ".join(f"{name} was {saved[name]!r} and is {now[name]!r}" for name in names[:5])
-            raise UserError(f"{checkpoint} is a checkpoint of another {what} ({len(names)} differences): {shown}.")
+            problems.append(f"another {what} ({len(names)} differences): {shown}")
+    if problems:
+        raise UserError(f"{checkpoint} is a checkpoint of {', and of '.join(problems)}.")
 
 
 def model_facts(llm: PreTrainedModel) -> dict[str, Any]:
@@ -251,6 +259,7 @@ def write_hf(directory: Path, llm: Any, record: "RunRecord") -> None:
     choice = record.settings.get("parallel_tool_calls", "template")
     note = {"chat_template": record.chat_template, "parallel_tool_calls": choice}
     (directory / "template.json").write_bytes(as_json(note))
+    write_adapter_notes(directory, llm)
 
 
 def remote_code(config: Any) -> list[Path]:

@@ -13,6 +13,7 @@ from tuner.engine.own_parts import OwnParts, whole
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.strategy import Strategy, compare_weights, read_max_norm, schedule_rates
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles
+from tuner.model.adapter import kept_parameters
 
 
 class Stepping(Strategy):
@@ -30,7 +31,7 @@ class Stepping(Strategy):
         self.model = self.spread(model).train()
         self.num_steps = num_steps
         self.schedule = param_scheduler
-        self.optimizer = build_optimizer(self.model.get_submodule("llm"), optim_wrapper["optimizer"])
+        self.optimizer = build_optimizer(self.model.get_submodule("llm"), optim_wrapper)
         self.max_grad_norm = read_max_norm(optim_wrapper)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._prepared = True
@@ -70,7 +71,7 @@ class Stepping(Strategy):
 
     def state_tensors(self) -> dict[str, Iterable[tuple[str, Tensor]]]:
         """What a checkpoint holds, by kind: each tensor whole, gathered when it is asked for."""
-        weights = self.model.get_submodule("llm").named_parameters()
+        weights = kept_parameters(self.model.get_submodule("llm"))
         return {WEIGHTS: whole(weights), OPTIMIZER: whole(optimizer_tensors(self.optimizer).items())}
 
     def state_counters(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Stepping(Strategy):
 
     def load_checkpoint(self, filename: Path) -> None:
         """Read the weights alone from the directory `filename`."""
-        weights = dict(self.model.get_submodule("llm").named_parameters())
+        weights = dict(kept_parameters(self.model.get_submodule("llm")))
         saved = TensorFiles(filename, WEIGHTS)
         compare_weights(saved, {name: weight.shape for name, weight in weights.items()}, filename)
         own = OwnParts(saved, weights)

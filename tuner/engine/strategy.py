@@ -284,11 +284,12 @@ def schedule_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 def read_max_norm(optim_wrapper: Mapping[str, Any]) -> float | None:
     """The norm at which `optim_wrapper` clips; None for no clipping."""
-    unknown = sorted(set(optim_wrapper) - {"optimizer", "clip_grad"})
+    unknown = sorted(set(optim_wrapper) - {"optimizer", "clip_grad", "lora_plus_ratio"})
     clip = optim_wrapper.get("clip_grad") or {}
     unknown += [f"clip_grad.{name}" for name in sorted(set(clip) - {"max_norm"})]
     if unknown:
-        raise UserError(f"optim_wrapper has unknown keys {', '.join(unknown)}; known: optimizer, clip_grad.max_norm.")
+        raise UserError(f"optim_wrapper has unknown keys {', '.join(unknown)}; known: optimizer, "
+                        "clip_grad.max_norm, lora_plus_ratio.")  # fmt: skip
     max_norm = clip.get("max_norm")
     if max_norm is not None and max_norm <= 0:
         raise UserError(f"max_norm={max_norm} would stop all learning. Choose a positive number, or None not to clip.")

@@ -21,6 +21,7 @@ from tuner.engine.zero_config import ModelSizes, Settings, check_ranks, zero_con
 from tuner.engine.zero_hold import GatheredOnCall, take_weights
 from tuner.engine.zero_tensors import STEP, Flat, Partitioned, SpreadTensors
 from tuner.errors import UserError
+from tuner.model.adapter import kept_parameters, set_compute_dtype
 from tuner.model.hollow import Hold
 
 
@@ -80,7 +81,9 @@ class Zero(Strategy):
         self.num_steps = num_steps
         self.schedule = param_scheduler
         llm = model.get_submodule("llm")
-        optimizer = build_optimizer(llm, optim_wrapper["optimizer"])
+        if self.stage < 3 and self.precision != "fp32":
+            set_compute_dtype(llm, PRECISIONS[self.precision])
+        optimizer = build_optimizer(llm, optim_wrapper)
         settings = self.settings(self.world, read_max_norm(optim_wrapper))
         config = zero_config(self.config, settings, known_keys(), ModelSizes.of(llm))
         wait_for_builds(config)
@@ -157,7 +160,7 @@ class Zero(Strategy):
 
     def load_checkpoint(self, filename: Path) -> None:
         """Read the weights alone from the directory `filename`."""
-        saved, parameters = TensorFiles(filename, WEIGHTS), self._parameters()
+        saved, parameters = TensorFiles(filename, WEIGHTS), self._kept()
         compare_weights(saved, {name: self.tensors.shape(weight) for name, weight in parameters.items()}, filename)
         for name, parameter in parameters.items():
             self.tensors.set_part(parameter, None, saved[name])
@@ -193,8 +196,11 @@ class Zero(Strategy):
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.get_submodule("llm").named_parameters())
 
+    def _kept(self) -> dict[str, nn.Parameter]:
+        return dict(kept_parameters(self.model.get_submodule("llm")))
+
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self.tensors.whole(parameter)) for name, parameter in self._parameters().items())
+        return ((name, self.tensors.whole(parameter)) for name, parameter in self._kept().items())
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         keys, step = self.tensors.keys(), self.tensors.step()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tuner.engine.together import all_or_none, from_first
 from tuner.engine.world import World
 from tuner.errors import UserError
-from tuner.model.hollow import stored_names
+from tuner.model.hollow import parameter_places, stored_names
 
 
 def take_weights(
@@ -28,7 +28,7 @@ def take_weights(
         dtype: of the parameters.
 
     Returns:
-        This rank's fp32 part, padded, of each parameter that `dtype` rounds.
+        This rank's fp32 part, padded, of each trained parameter that `dtype` rounds.
     """
     dtypes = stored_dtypes(llm, weights, world)
     rounded = {}
@@ -38,7 +38,7 @@ def take_weights(
         parameter = nn.Parameter(whole.to(dtype), requires_grad=meta.requires_grad)
         partitioner._convert_to_deepspeed_param(parameter)
         parameter.partition()
-        if torch.promote_types(dtypes[name], dtype) != dtype:
+        if meta.requires_grad and torch.promote_types(dtypes[name], dtype) != dtype:
             part = own_part(whole, parameter.ds_tensor.ds_numel, world.rank)
             if not torch.equal(part, part.to(dtype).to(part.dtype)):
                 rounded[name] = part
@@ -59,16 +59,6 @@ def stored_dtypes(llm: PreTrainedModel, weights: Mapping[str, Tensor], world: Wo
         if world.is_first:
             dtypes = {name: weights[name].dtype for name in stored_names(llm)}
     return from_first(dtypes, world)
-
-
-def parameter_places(llm: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """The modules and attributes where each parameter stands; a tied one has several and the name of the first."""
-    names: dict[nn.Parameter, str] = {}
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
-    for name, parameter in llm.named_parameters(remove_duplicate=False):
-        parent, _, leaf = name.rpartition(".")
-        places.setdefault(names.setdefault(parameter, name), []).append((llm.get_submodule(parent), leaf))
-    return places
 
 
 def first_has(

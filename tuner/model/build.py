@@ -26,8 +26,10 @@ from transformers import (
 
 from tuner.demo.files import resolve
 from tuner.errors import UserError
+from tuner.model.adapter import LoRA, attach
 from tuner.model.attention import BACKENDS, attention_name, resolve_backend
 from tuner.model.directory import check_model_directory, check_weights, looks_local, nearest_directory
+from tuner.model.fingerprint import Base
 from tuner.model.hollow import BuiltWeights, Hold, StoredWeights, fill_computed_buffers, stored_names
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.nearest import did_you_mean
@@ -42,6 +44,7 @@ def build_llm(
     attention: str = "auto",
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    adapter: LoRA | None = None,
     hold: Hold | None = None,
 ) -> PreTrainedModel:
     """The causal LM of a model directory, in training mode, every parameter fp32 on the CPU.
@@ -51,6 +54,7 @@ def build_llm(
         weights: "pretrained" reads the safetensors; "random" draws them anew from config.json, the same for the same
             `seed` whatever was drawn before, and leaves the global random state as it was.
         attention: "auto", a key of `tuner.model.attention.BACKENDS`, or "eager", transformers' plain reference.
+        adapter: what trains in place of the weights, see `LoRA`; None trains all of them.
         hold: for a model too large for one process: gets it without weights, and the weights, and puts them in place.
 
     Raises:
@@ -67,11 +71,15 @@ def build_llm(
         build = partial(_load, path, config, implementation)
     else:
         build = partial(_draw, path, config, implementation, seed)
-    if hold is None:
+    if hold is None and adapter is None:
         llm = build()
     else:
         llm = _hollow(path, copy.deepcopy(config), implementation)
-        hold(llm, _weights_of(path, llm, build, stored=weights == "pretrained"))
+        tensors = _weights_of(path, llm, build, stored=weights == "pretrained")
+        if adapter is not None:
+            attach(llm, adapter, Base(path, weights, seed), weights=tensors, hold=hold)
+        elif hold is not None:
+            hold(llm, tensors)
     if gradient_checkpointing:
         enable_gradient_checkpointing(llm)
     return llm.train()

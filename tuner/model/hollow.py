@@ -28,8 +28,19 @@ def fill_computed_buffers(llm: PreTrainedModel) -> PreTrainedModel:
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """Of the whole parameter, also where ZeRO-3 has left an empty one in its place."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+    """Of the whole parameter, also where ZeRO-3 has left an empty one in its place, or 4 bits stand for a value."""
+    state = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_shape", parameter.shape if state is None else state.shape)
+
+
+def parameter_places(llm: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """The modules and attributes where each parameter stands; a tied one has several and the name of the first."""
+    names: dict[nn.Parameter, str] = {}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for name, parameter in llm.named_parameters(remove_duplicate=False):
+        parent, _, leaf = name.rpartition(".")
+        places.setdefault(names.setdefault(parameter, name), []).append((llm.get_submodule(parent), leaf))
+    return places
 
 
 def stored_names(llm: PreTrainedModel) -> dict[str, torch.Size]:
