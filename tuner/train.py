@@ -2,6 +2,7 @@
 
 import copy
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -33,6 +34,8 @@ from tuner.model.hollow import Hold
 from tuner.model.tokenizer import check_vocabulary
 from tuner.parallel.mesh import Layout, arrange, build_mesh
 
+MAX_SHOWN = 60  # characters of a setting that differs between ranks
+
 
 def train(source: str, *, work_dir: Path, resume: str | None = None, name: str = "config.py") -> Path:
     """Train what the config says; returns the work dir.
@@ -58,7 +61,7 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
             write_config(work_dir, kept, is_resumed=bool(checkpoints))
         prepared = prepare(config, world)
         with meeting(config, prepared, work_dir):
-            compare_run(source, prepared.dataloader, world)
+            compare_run(source, settings, prepared.dataloader, world)
             checkpoints = from_first(checkpoints, world)
             check_shared(work_dir, world)
             prepared.strategy.place(world, build_mesh(prepared.strategy.degrees))
@@ -101,10 +104,15 @@ def meeting(config: Any, prepared: "Prepared", work_dir: Path) -> Iterator[None]
         yield
 
 
-def compare_run(source: str, dataloader: DataLoader, world: World) -> None:
-    """Raise a UserError, the same on all ranks, where they have other configs, data or code; all must call it."""
+def compare_run(source: str, settings: Mapping[str, Any], dataloader: DataLoader, world: World) -> None:
+    """Raise a UserError, the same on all ranks, where they have other configs, data or code; all must call it.
+
+    Args:
+        settings: of the config, without secrets; those that differ are shown.
+    """
     if world.size > 1:
-        compare_ranks(world, own_facts(source, dataloader.dataset))
+        shown = {f"setting {name}": textwrap.shorten(repr(value), MAX_SHOWN) for name, value in settings.items()}
+        compare_ranks(world, own_facts(source, dataloader.dataset) | shown)
 
 
 class Prepared(NamedTuple):
