@@ -139,7 +139,17 @@ HOSTILE: dict[str, tuple[Callable[[str], bytes], str]] = {
     "open": (lambda mark: dumped(Calls(open, mark, "w")), "open"),
     "import": (lambda mark: dumped(Calls(__import__, "test_pickled_evil")), "__import__"),
     "a module that acts when imported": (lambda mark: b"\x80\x02ctest_pickled_evil\nThing\n.", "test_pickled_evil"),
-    "getattr of a module": (lambda mark: dumped(Attribute(torch.Tensor, "__init__")), "torch.Tensor"),
+    "getattr of a module": (lambda mark: dumped(Attribute(torch.Tensor, "__init__")), "attribute with getattr"),
+    "making the tensor class": (lambda mark: b"\x80\x02ctorch\nTensor\n)\x81.", "NEWOBJ"),
+    "calling the tensor class": (lambda mark: b"\x80\x02ctorch\nTensor\n)R.", "not callable"),
+    "a tensor by another function": (
+        lambda mark: dumped(Calls(torch._tensor._rebuild_from_type_v2, torch.Size, torch.Tensor, ((1,),), {})),
+        "of what is none",
+    ),
+    "a tensor by a function of its own": (
+        lambda mark: b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(X\1\0\0\0actorch\nTensor\n)}tR.",
+        "as torch.save does not",
+    ),
     "getattr of a stand-in": (
         lambda mark: b"\x80\x02c__builtin__\ngetattr\nctorch\nSize\nX\x03\0\0\0abc\x86R.",
         "getattr",

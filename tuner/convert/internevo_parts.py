@@ -1,4 +1,4 @@
-"""InternEvo's tensor-parallel parts: which files make a model, how they are joined, and how a model is cut into them.
+"""InternEvo's tensor-parallel parts: which files are a model, how they are joined, and how a model is cut into them.
 
 Facts from InternEvo's public sources (checkpoint/components.py, convert2hf_internlm2.py, revert_internlm2.py): files
 are `model_tp{t}_pp{p}.pt`, layers are counted from 0 in each pipeline stage, names may begin with `model.`. Of a
@@ -20,6 +20,7 @@ from tuner.convert.layout import ColumnRange, Columns, Rows, Shuffled, Source, a
 from tuner.convert.llama_form import Heads
 from tuner.convert.pickled import Kind, PickledTensor, check_bytes, read_pickle
 from tuner.errors import UserError
+from tuner.model.directory import inside
 
 PART = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
 OTHER_PARTS = re.compile(r"model_(wp\d+_pp\d+|tp\d+_pp\d+_(dp|zo)\d+|moe_layer.*)\.pt")
@@ -96,7 +97,7 @@ def grid_of(directory: Path) -> list[list[Path]]:
     found = {}
     for path in directory.iterdir():
         if match := PART.fullmatch(path.name):
-            found[int(match[2]), int(match[1])] = path
+            found[int(match[2]), int(match[1])] = inside(directory, path.name)
     if not found:
         raise UserError(f"{directory} has no model_tp*_pp*.pt. Give the directory that holds them.")
     num_stages, num_ranks = (max(key[axis] for key in found) + 1 for axis in (0, 1))
@@ -114,7 +115,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise UserError(f"{directory} has no {CONFIG}, which InternEvo writes beside the parts. Copy it, too.")
-    content = read_pickle(path)
+    content = read_pickle(inside(directory, CONFIG))
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings.")
     settings = {key: value.dtype if isinstance(value, Kind) else value for key, value in content.items()}

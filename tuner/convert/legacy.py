@@ -22,7 +22,7 @@ from tuner.convert.tensors import Piece, fit, total_bytes
 from tuner.convert.verified import compare_pieces
 from tuner.convert.zero_files import MODEL_FILE, read_zero
 from tuner.errors import UserError
-from tuner.model.directory import check_model_directory
+from tuner.model.directory import check_model_directory, inside
 from tuner.model.hollow import stored_names
 
 INSIDE = ("state_dict", "module", "model")
@@ -127,7 +127,7 @@ def read_directory(source: Path) -> tuple[dict[str, Source], list[str]]:
         )
     found: dict[str, Source] = {}
     for path in files:
-        weights, _ = read_weights(path)
+        weights, _ = read_weights(inside(source, path.name))
         if twice := sorted(found.keys() & weights.keys()):
             raise UserError(f"{path} has {twice[0]} a second time. Leave only the files of one model in {source}.")
         found |= weights

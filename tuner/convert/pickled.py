@@ -183,6 +183,16 @@ def rebuild_tensor_of_dtype(
     return tensor_of(storage, offset, size, stride, dtype.dtype)
 
 
+def rebuild_typed(function: object, kind: object, arguments: object, state: object) -> PickledTensor:
+    """In the place of torch's function for tensors with attributes, such as DeepSpeed's; they are dropped."""
+    if not isinstance(function, Call) or kind is not TENSOR or not isinstance(arguments, tuple):
+        raise pickle.UnpicklingError("it makes a tensor as torch.save does not")
+    result = function(*arguments)
+    if not isinstance(result, PickledTensor):
+        raise pickle.UnpicklingError("it makes a tensor of what is none")
+    return result
+
+
 def whole_number(value: object) -> int:
     """In the place of an enumeration of numbers."""
     return integers((value,))[0]
@@ -195,7 +205,12 @@ def attribute(owner: object, name: object) -> Inert:
     return Inert()
 
 
+TENSOR = Fixed()
+"""the class itself, which may be named beside a tensor with attributes, and nowhere else"""
 NAMES: dict[str, Any] = {
+    "torch.Tensor": TENSOR,
+    "torch.nn.parameter.Parameter": TENSOR,
+    "torch._tensor._rebuild_from_type_v2": Call(rebuild_typed),
     "collections.OrderedDict": Ordered,
     "torch.Size": Call(integers),
     "torch.device": Inert,

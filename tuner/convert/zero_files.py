@@ -14,6 +14,7 @@ from typing import Any
 from tuner.convert.layout import Reshaped, Rows, Source, all_rows
 from tuner.convert.pickled import PickledTensor, read_pickle
 from tuner.errors import UserError
+from tuner.model.directory import inside
 
 OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -55,6 +56,7 @@ def join_parts(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if stage == 3:
         found |= frozen_parts(models) | parts_of_each(shapes_of(first), vectors, directory)
     else:
+        found |= dict(first.get("module") or {})  # what is not trained has no fp32 weights; ZeRO 1 has it here alone
         found |= dict(first.get("frozen_param_fragments") or {})
         found |= parts_of_groups(groups_of(first), vectors, optimizers[0].get("param_alignment_paddings"), directory)
     shared = first.get("shared_params") or {}
@@ -69,7 +71,7 @@ def ranked(directory: Path, pattern: re.Pattern, kind: str) -> list[Path]:
         if match and match[2] != "00":
             raise UserError(f"{path} is of a tensor parallel rank. Merge them with the program that made them.")
         if match:
-            found[int(match[1] or 0)] = path
+            found[int(match[1] or 0)] = inside(directory, path.name)
     missing = sorted(set(range(len(found))) - set(found))
     if missing:
         raise UserError(f"{directory} lacks the {kind} of rank {missing[0]}. Copy it again.")

@@ -11,8 +11,6 @@ ADAPTER = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-CONVERT = """python -c "import sys, torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v in \
-torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2], metadata={'format': 'pt'})\""""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -129,5 +127,6 @@ def _without_safetensors(place: Path) -> str:
         )
     return (
         f"{str(place)!r} has its weights only as pickles ({', '.join(pickles[:3])}), which run code when opened; only "
-        f"safetensors are read. Fetch the safetensors, or convert each file:\n{CONVERT} {pickles[0]} {WEIGHTS}"
+        f"safetensors are read. Fetch the safetensors, or convert the directory:\n"
+        f"tuner convert legacy {place} OUT --base {place} --allow-legacy-pickle"
     )
