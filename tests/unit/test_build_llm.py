@@ -180,7 +180,7 @@ def make_t5(directory: Path) -> None:
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 MISTAKES: dict[str, tuple[Any, str]] = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no weights.*weights='random'"),
-    "only pickles": (pickle_instead, r"only as pickles \(pytorch_model.bin\).*\n?tuner convert legacy .* --allow-legacy-pickle"),
+    "only pickles": (pickle_instead, r"only as pickles \(pytorch_model.bin\).*\ntuner convert legacy .*--allow-"),
     "damaged weights": (truncate, "damaged"),
     "git-lfs pointer": (lambda d: (d / "model.safetensors").write_text(POINTER), "git lfs pull"),
     "missing tensor": (drop_a_tensor, "output.weight is missing"),

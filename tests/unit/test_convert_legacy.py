@@ -236,8 +236,10 @@ MISTAKES = {
     "a flipped bit": (flipped, "damaged"),
     "latest leads out": (lambda folder: (folder.parent / "latest").write_text("../../etc"), "no directory beside it"),
     "a link": (
-        lambda folder: (folder / "mp_rank_00_model_states.pt").rename(folder.parent / "x.pt").exists()
-        and (folder / "mp_rank_00_model_states.pt").symlink_to(folder.parent / "x.pt"),
+        lambda folder: (
+            (folder / "mp_rank_00_model_states.pt").rename(folder.parent / "x.pt").exists()
+            and (folder / "mp_rank_00_model_states.pt").symlink_to(folder.parent / "x.pt")
+        ),
         "is a link to",
     ),
     "tensor parallel": (
