@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tuner.convert import tensors
 from tuner.convert.model_files import model_tensors
 from tuner.convert.output import publishing
-from tuner.convert.sharding import INDEX, parse_size, write_shards
-from tuner.convert.tensors import cast
+from tuner.convert.sharding import INDEX, header_of, parse_size, write_shards
+from tuner.convert.tensors import Piece, cast
 from tuner.errors import UserError
 
 
@@ -134,3 +135,34 @@ def test_sizes_are_read(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UserError, match="is no size"):
         parse_size(text)
+
+
+def peak_growth(work) -> int:
+    """Bytes by which the process's peak grows while `work` runs; the kernel's own count, set back before."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = resident("VmHWM")
+    work()
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path):
+    """A tensor of 256 MB, a hole in its file, goes from fp32 to bf16 in a tenth of its size; read whole, not."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    count = 1 << 26
+    header = header_of([Piece("w", torch.float32, (count,), list)])
+    with (source / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 4 * count)
+    [tensor] = model_tensors(source).values()
+    write_shards(tmp_path, [cast(tensor, torch.bfloat16)])  # what is loaded once, such as sha256, is then there
+    (tmp_path / "model.safetensors").unlink()
+    assert peak_growth(lambda: write_shards(tmp_path, [cast(tensor, torch.bfloat16)])) < 26e6
+    assert peak_growth(tensor.whole) > 200e6

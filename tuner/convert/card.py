@@ -10,8 +10,10 @@ from tuner.engine.checkpoint import read_manifest
 
 WIDE = 12  # losses in the table
 NAMES = re.compile(r"[\w.\-]+(?:/[\w.\-]+)?")
-CLOSED = ("precision", "attention", "weights", "chat_template", "loss_on", "parallel_tool_calls", "too_long",
-          "on_bad_row", "data_format", "deepspeed", "fsdp", "tuning", "optimizer")  # fmt: skip
+CLOSED = (
+    "precision", "attention", "weights", "chat_template", "loss_on", "parallel_tool_calls", "too_long", "on_bad_row",
+    "data_format", "deepspeed", "fsdp", "optimizer", "lora_variant", "quantise", "on_nonfinite",
+)  # fmt: skip
 """settings whose words are choices; the text of any other may be private and is not told"""
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from tuner.convert.output import check_absent, publishing
 from tuner.convert.quantised import FourBitTensor, dequantised
 from tuner.convert.record import Checks, write_record
 from tuner.convert.reload import Origin, check_reload
+from tuner.convert.requantised import Requantised, requantise_module
 from tuner.convert.settings import write_json
 from tuner.convert.sharding import DEFAULT_SHARD_SIZE, write_shards
-from tuner.convert.tensors import Piece, Rows, cast, total_bytes
+from tuner.convert.tensors import Piece, Rows, StoredTensor, cast, total_bytes
 from tuner.convert.to_hf import DTYPES, DtypeName, dtype_of
 from tuner.errors import UserError
 from tuner.model.directory import inside
+from tuner.model.fingerprint import fingerprint_of
 
 TIED = ("tok_embeddings.weight", "embed_tokens.weight", "wte.weight", "output.weight", "lm_head.weight")
 OWN = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json",
@@ -58,7 +61,7 @@ def merge(
     """
     check_absent(out)
     change = read_adapter(adapter)
-    tensors = dequantised(model_tensors(base), base)
+    tensors = base_tensors(base, change)
     check_fit(base, tensors, change)
     pieces = [piece_of(tensor, change, DTYPES[dtype]) for tensor in tensors.values()]
     checks = Checks()
@@ -67,7 +70,10 @@ def merge(
         copy_own(adapter, draft)
         write_config(draft, dtype_of(pieces))
         write_card(base, adapter, draft, out.name)
-        digests = write_shards(draft, pieces, max_shard_size=max_shard_size)
+        with ThreadPoolExecutor(1) as pool:
+            recognised = pool.submit(check_fingerprint, base, change)
+            digests = write_shards(draft, pieces, max_shard_size=max_shard_size)
+            recognised.result()
         note_base(tensors, change, checks)
         check_reload(origin_of(base, change, pieces), draft, digests, checks, verify=verify)
         write_record(draft, "merge", {"base": base.name, "adapter": adapter.name}, pieces, digests, checks)
@@ -98,6 +104,26 @@ def check_fit(base: Path, tensors: Mapping[str, Rows], change: Adapter) -> None:
         raise UserError(
             f"{change.directory} changes {tied[0]}, which {base} uses as embedding and as head (tie_word_embeddings), "
             "so merged it would change both. Use the adapter beside its base: tuner chat BASE --adapter DIR"
+        )
+
+
+def base_tensors(base: Path, change: Adapter) -> dict[str, Rows]:
+    """The base's tensors as the adapter was trained on: what was quantised then has the values of its 4 bits."""
+    tensors = dequantised(model_tensors(base), base)
+    if change.base.get("quantise"):
+        compute_dtype = DTYPES[change.base["compute_dtype"]]
+        for name in change.changes:
+            if isinstance(tensor := tensors.get(name), StoredTensor):
+                tensors[name] = Requantised(tensor, compute_dtype)
+    return tensors
+
+
+def check_fingerprint(base: Path, change: Adapter) -> None:
+    """Refuse a base whose tensors are not those that the adapter was trained on, where that is known."""
+    if change.base.get("weights") == "pretrained" and fingerprint_of(str(base)) != change.base["fingerprint"]:
+        raise UserError(
+            f"{change.directory} is an adapter for another base than {base}: names and shapes fit, the values of its "
+            f"tensors are not those of training. It was trained on {change.config['base_model_name_or_path']}."
         )
 
 
@@ -140,8 +166,14 @@ def write_card(base: Path, adapter: Path, out: Path, name: str) -> None:
 def note_base(tensors: Mapping[str, Rows], change: Adapter, checks: Checks) -> None:
     """Say how the base was recognised, and whether its weights are those of 4 bits."""
     checks.checked.append(f"names and shapes of all {len(change.names)} tensors of the adapter against the base's")
+    if change.base.get("weights") == "pretrained":
+        checks.checked.append("the base's fingerprint: its tensors are those that the adapter was trained on")
+    else:
+        checks.not_checked.append("that the base is the one of training: the adapter has no fingerprint of its files")
     if num := sum(isinstance(tensor, FourBitTensor) for tensor in tensors.values()):
         checks.checked.append(f"{num} tensors of the base are 4-bit: the numbers they stand for were merged into")
+    if num := sum(isinstance(tensor, Requantised) for tensor in tensors.values()):
+        checks.checked.append(f"{num} tensors were NF4 in training: merged into those values, not the base's own")
 
 
 def origin_of(base: Path, change: Adapter, pieces: list[Piece]) -> Origin:
@@ -159,7 +191,7 @@ def origin_of(base: Path, change: Adapter, pieces: list[Piece]) -> Origin:
 def expected_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and values of each tensor, the changed ones in float64 and whole."""
     change = read_adapter(adapter)
-    for name, tensor in dequantised(model_tensors(base), base).items():
+    for name, tensor in base_tensors(base, change).items():
         weight = whole(change.successors.get(name, tensor))
         if name in change.changes:
             weight = expected_sum(weight.double(), change.changes[name])
@@ -188,4 +220,8 @@ def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype) -> PreTrain
     from peft import PeftModel
 
     llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    change = read_adapter(adapter)
+    if change.base.get("quantise"):
+        for name in change.changes:
+            requantise_module(llm, name, DTYPES[change.base["compute_dtype"]])
     return PeftModel.from_pretrained(llm, adapter).eval()

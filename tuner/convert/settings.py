@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,18 @@ from tuner.dataset.templates import ChatTemplate, trained_with
 from tuner.model.tokenizer import build_tokenizer
 
 
+@contextmanager
+def linked(files: Iterable[Path]) -> Iterator[Path]:
+    """A directory with links to these files and nothing else: what lies beside them is not read."""
+    with tempfile.TemporaryDirectory() as name:
+        for path in files:
+            (Path(name) / path.name).symlink_to(path.resolve())
+        yield Path(name)
+
+
 def write_settings(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """All of a model directory but its weights; no model is built."""
-    with tempfile.TemporaryDirectory() as name:
-        source = Path(name)
-        for path in companions(checkpoint):
-            (source / path.name).symlink_to(path.resolve())
+    with linked(companions(checkpoint)) as source:
         write_config(source, out, dtype)
         write_tokenizer(source, out)
         write_generation_config(source, out)

@@ -1,6 +1,7 @@
 """A checkpoint to a Hugging Face directory that is proven to hold what was trained."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,6 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from tuner.convert.adapter_checkpoint import (
+    adapter_origin,
+    adapter_pieces,
+    is_adapter_checkpoint,
+    write_adapter_settings,
+)
 from tuner.convert.card import write_card
 from tuner.convert.checkpoint_files import (
     checkpoint_tensors,
@@ -38,6 +45,8 @@ def convert(
 ) -> Path:
     """Write `out`: weights in safetensors, config, tokenizer and chat template, as transformers loads them.
 
+    Of an adapter's run: adapter_model.safetensors and adapter_config.json, as peft loads them.
+
     The weights go from file to file a block at a time: memory does not grow with the model, unless `verify`.
 
     Args:
@@ -54,20 +63,31 @@ def convert(
     check_absent(out)
     checkpoint = find_checkpoint(checkpoint)
     check_sizes(checkpoint)
-    pieces = [cast(tensor, DTYPES[dtype]) for tensor in checkpoint_tensors(checkpoint).values()]
+    is_adapter = is_adapter_checkpoint(checkpoint)
+    pieces = (adapter_pieces if is_adapter else model_pieces)(checkpoint, DTYPES[dtype])
+    stem, size = ("adapter_model", sys.maxsize) if is_adapter else ("model", max_shard_size)  # peft reads one file
     checks = Checks()
     with publishing(out, num_bytes=total_bytes(pieces)) as draft:
         with ThreadPoolExecutor(1) as pool:  # the files are read twice at the same time: once from the disk
             verified = pool.submit(verify_read_files, checkpoint)
-            digests = write_shards(draft, pieces, max_shard_size=max_shard_size)
-            write_settings(checkpoint, draft, dtype_of(pieces))
+            digests = write_shards(draft, pieces, max_shard_size=size, stem=stem)
+            if is_adapter:
+                write_adapter_settings(checkpoint, draft)
+            else:
+                write_settings(checkpoint, draft, dtype_of(pieces))
             verified.result()
         checks.checked.append("every file that was read has the sha256 of the checkpoint's manifest")
         write_card(checkpoint, draft, out.name)
-        check_reload(origin_of(checkpoint), draft, digests, checks, verify=verify)
+        origin = (adapter_origin if is_adapter else origin_of)(checkpoint)
+        check_reload(origin, draft, digests, checks, verify=verify)
         write_record(draft, "checkpoint", facts_of(checkpoint), pieces, digests, checks)
     print(checks.summary(), flush=True)
     return out
+
+
+def model_pieces(checkpoint: Path, dtype: torch.dtype | None) -> list[Piece]:
+    """The trained tensors by their own names."""
+    return [cast(tensor, dtype) for tensor in checkpoint_tensors(checkpoint).values()]
 
 
 def dtype_of(pieces: Sequence[Piece]) -> torch.dtype:
