@@ -5,13 +5,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tuner.configs.options import NAMED, parameters
+from tuner.configs.strategy_rules import complaints, wrong_cut, wrong_deepspeed, wrong_fsdp, wrong_sharing
 from tuner.dataset.build import StreamedDataset, build_dataloader, build_shards, build_stream
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
 from tuner.dataset.format_choice import mistake_in
@@ -27,12 +27,12 @@ from tuner.demo.files import PREFIX
 from tuner.engine.bad_steps import ON_NONFINITE
 from tuner.engine.precision import PRECISIONS
 from tuner.errors import UserError
+from tuner.model.adapter import LoRA
 from tuner.model.attention import BACKENDS
-from tuner.model.build import WEIGHTS, build_llm, read_config
+from tuner.model.build import WEIGHTS, build_llm
 from tuner.model.directory import check_model_directory, check_weights, looks_local
 from tuner.model.tokenizer import build_tokenizer
 from tuner.nearest import did_you_mean, did_you_mean_or_all
-from tuner.parallel.mesh import check_heads, read_degrees
 
 logger = logging.getLogger("tuner")
 NEEDED = (
@@ -154,8 +154,10 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     problems += wrong_models(nodes)
     known = {node.path: node.values for node in nodes if is_known(node)}
     problems += wrong_deepspeed(known)
-    problems += wrong_fsdp(known.get("strategy", {}))
-    problems += wrong_sharing(known.get("strategy", {}), nodes)
+    strategy = known.get("strategy", {})
+    problems += wrong_fsdp(strategy)
+    problems += wrong_cut(strategy, [node.values.get("quantise") for node in nodes if node.type is LoRA])
+    problems += wrong_sharing(strategy, [node.values.get("path") for node in nodes if node.type is build_llm])
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))
     for node in nodes:
@@ -280,71 +282,6 @@ def wrong_models(nodes: list[Node]) -> list[str]:
             found = complaints(check_weights, [path]) if pretrained else []
             found += too_many_tokens(Path(path))
         problems += found
-    return problems
-
-
-def wrong_deepspeed(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What DeepSpeed's preset or JSON file gets wrong, or says otherwise than the config's own settings."""
-    strategy = parts.get("strategy", {})
-    choice = strategy.get("deepspeed")
-    if choice is None:
-        return []
-    if not isinstance(choice, str):
-        return [f"strategy.deepspeed = {choice!r}: give the name of a preset, or the path of a JSON file."]
-    from tuner.engine.deepspeed_package import check_choice  # imports DeepSpeed, which few ask for
-    from tuner.engine.zero_config import Settings
-
-    settings = Settings(
-        precision=strategy.get("precision", "bf16"),
-        max_grad_norm=parts.get("optim_wrapper.clip_grad", {}).get("max_norm"),
-        world_size=None,
-        offload_directory=strategy.get("offload_directory"),
-        hpz_partition_size=strategy.get("hpz_partition_size"),
-    )
-    return complaints(lambda name: check_choice(name, settings), [choice])
-
-
-def wrong_fsdp(strategy: Mapping[str, Any]) -> list[str]:
-    """An unknown way to cut a model by FSDP2, or another way chosen as well."""
-    choice, deepspeed = strategy.get("fsdp"), strategy.get("deepspeed")
-    if choice is None:
-        return []
-    from tuner.engine.fsdp import SHARDINGS  # brings mmengine, which few ask for this way
-    from tuner.engine.strategies import two_at_once
-
-    known = isinstance(choice, str) and choice in SHARDINGS
-    problems = [] if known else [f"strategy.fsdp = {choice!r}: allowed is one of {', '.join(SHARDINGS)}, or None."]
-    return problems + ([two_at_once(deepspeed, choice)] if deepspeed is not None else [])
-
-
-def wrong_sharing(strategy: Mapping[str, Any], nodes: list[Node]) -> list[str]:
-    """Ranks that are to share a sequence and cannot share the heads of a model whose config.json lies on this disk."""
-    setting = strategy.get("sequence_parallel_size", 1)
-    problems = complaints(read_degrees, [setting])
-    given = [node.values.get("path") for node in nodes if node.type is build_llm]
-    paths = [path for path in given if isinstance(path, str) and (Path(path).expanduser() / "config.json").is_file()]
-    if problems or setting == 1 or not paths:
-        return problems
-    shared = read_degrees(setting).ulysses
-    for path in paths:
-        try:
-            config = read_config(path).get_text_config()
-        except UserError:
-            continue  # told by wrong_models
-        num_heads = config.num_attention_heads
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-        problems += complaints(partial(check_heads, num_heads, num_kv_heads), [shared])
-    return problems
-
-
-def complaints(inspect_path: Callable[[Any], object], paths: Collection[Any]) -> list[str]:
-    """The messages of the UserErrors that looking at each path raises."""
-    problems = []
-    for path in paths:
-        try:
-            inspect_path(path)
-        except UserError as error:
-            problems.append(str(error))
     return problems
 
 

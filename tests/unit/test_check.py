@@ -26,9 +26,11 @@ def good(tmp_path: Path) -> dict[str, object]:
     return {"model_path": str(model), "data_path": str(tmp_path / "rows.jsonl"), "precision": "fp32"}
 
 
-def problems(settings: dict[str, object], options: dict[str, object] | None = None, tail: str = "") -> str:
+def problems(
+    settings: dict[str, object], options: dict[str, object] | None = None, tail: str = "", recipe: str = RECIPE
+) -> str:
     """The message of the check; empty where it finds nothing."""
-    source = add_options(render(RECIPE, settings) + tail, options or {})
+    source = add_options(render(recipe, settings) + tail, options or {})
     try:
         check(loads(source))
     except UserError as error:
@@ -195,3 +197,20 @@ def test_ranks_that_cannot_share_the_heads_are_told(sharing: object, told: str, 
     (Path(str(good["model_path"])) / "config.json").write_text(json.dumps(config), encoding="utf-8")
     found = problems(good | {"sequence_parallel_size": sharing})
     assert found.startswith(told) if told else not found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "works"),
+    [
+        ({}, True),
+        ({"deepspeed": "zero2"}, True),
+        ({"deepspeed": "zero3", "quantise": None}, True),
+        ({"deepspeed": "zero3"}, False),
+        ({"deepspeed": "zero3_offload"}, False),
+        ({"fsdp": "full"}, False),
+    ],
+)
+def test_weights_of_4_bits_are_not_cut(strategy: dict[str, object], works: bool, good: dict[str, object]):
+    found = problems(good | strategy, recipe="internlm2_7b-sft_qlora")
+    assert found == "" if works else "quantise='nf4' (QLoRA) and " in found
+    assert works or "Set quantise=None" in found
