@@ -47,3 +47,15 @@ def more_template_processes():
     patch.setattr(jinja_template, "_start", lru_cache(maxsize=16)(jinja_template._start.__wrapped__))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def signals_kept():
+    """What this process does with signals: runs that were told to end ignore them for the rest of their lives."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -411,15 +411,7 @@ def test_the_batch_script_runs_the_same_command(tmp_path: Path):
     assert f"{sys.executable} -m tuner train 'my config.py' --nproc 8 --nnodes=2 --launcher slurm\n" in text
 
 
-@pytest.fixture
-def interruptible():
-    """What is done with SIGINT before and after: a rank that tells its failure ignores it for the rest of its life."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_failure_is_kept_as_the_first_word_of_a_rank(tmp_path: Path, interruptible: None):
+def test_a_failure_is_kept_as_the_first_word_of_a_rank(tmp_path: Path):
     from tuner.failures import note
 
     environment = {"TUNER_LAUNCH_DIR": str(tmp_path), "RANK": "3"}
