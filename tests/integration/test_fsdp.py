@@ -96,7 +96,7 @@ def test_a_run_over_two_ranks_goes_on_as_if_never_stopped_also_on_one_and_is_con
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
-    assert run(["convert", "whole", "hf"]) == 0
+    assert run(["convert", "whole", "hf", "--no-verify"]) == 0
     weights = AutoModelForCausalLM.from_pretrained("hf", dtype="auto").state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in read(end, "model").items())
 

@@ -88,7 +88,7 @@ def test_the_ledger_adds_up_to_the_last_token(run):
 
 
 def test_the_conversion_is_what_was_trained(run):
-    out = convert(run, run.parent / "hf")
+    out = convert(run, run.parent / "hf", verify=False)
     checkpoint = find_checkpoint(run)
     trained = load_file(next(checkpoint.glob("model-*.safetensors")))
     exported = load_file(out / "model.safetensors")

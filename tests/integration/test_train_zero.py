@@ -170,7 +170,7 @@ def test_from_stage_3_to_1_to_one_process_and_to_transformers(trained: Path, mon
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5, msg=f"{work_dir} {name}")
-    assert run(["convert", "crossed", "hf"]) == 0
+    assert run(["convert", "crossed", "hf", "--no-verify"]) == 0
     weights = AutoModelForCausalLM.from_pretrained("hf", dtype="auto").state_dict()
     saved = tensors_in(checkpoint_of(trained, "crossed", END))
     assert [name for name in weights if not torch.equal(weights[name], saved[name])] == []

@@ -13,7 +13,7 @@ from tuner.convert.adapter_files import read_adapter
 from tuner.convert.checkpoint_files import checkpoint_tensors, companions
 from tuner.convert.reload import Origin
 from tuner.convert.requantised import requantise_module
-from tuner.convert.settings import linked, write_generation_config, write_json, write_tokenizer
+from tuner.convert.settings import linked, write_json, write_tokenizer
 from tuner.convert.tensors import Piece, cast
 from tuner.engine.tensor_files import WEIGHTS, TensorFiles
 from tuner.model.adapter import BASE_NOTE, LoRA, export_name
@@ -43,7 +43,6 @@ def write_adapter_settings(checkpoint: Path, out: Path) -> None:
         note |= {"quantise": state["adapter"]["quantise"], "compute_dtype": COMPUTE[state["settings"]["precision"]]}
         write_json(out / BASE_NOTE, note)
         write_tokenizer(source, out)
-        write_generation_config(source, out)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
