@@ -22,6 +22,7 @@ setup(
         "mmengine>=0.10.7,<0.11",
         "tokenizers>=0.22",
         "peft>=0.17",
+        "psutil>=5.9",
         "safetensors>=0.5",
         "numpy>=1.26",
         "click>=8.1",

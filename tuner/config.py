@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuner.configs import literals
-from tuner.configs.models import MODELS, Model
+from tuner.configs.models import MODELS, WHOLE, Model
 from tuner.configs.options import find
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean, did_you_mean_or_all
 
 RECIPE_DIR = Path(__file__).parent / "configs" / "recipes"
+NOT_TOLD = "-"
 RECIPES = {path.stem: path for path in sorted(RECIPE_DIR.glob("*.py"))}
 NAMES_OF_CONFIGS = {"model", "strategy", "tokenizer", "train_dataloader"}
 OPTIONS_HEADING = "# from --cfg-options"
@@ -66,7 +67,9 @@ def describe(preset: Preset) -> Description:
     summary, max_length = recipe_facts(preset.recipe)
     model = preset.model
     context = str(preset.settings.get("max_length", max_length))
-    return Description(preset.name, summary, model.about, context, model.hardware, f"{model.gigabytes:.1f} GB")
+    trains_all = preset.recipe in WHOLE
+    hardware, state = (model.hardware, f"{model.gigabytes:.1f} GB") if trains_all else (NOT_TOLD, NOT_TOLD)
+    return Description(preset.name, summary, model.about, context, hardware, state)
 
 
 @cache

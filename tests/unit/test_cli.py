@@ -13,7 +13,7 @@ import pytest
 from tuner import __version__
 from tuner.arguments import bind_resume, repeat_cfg_options
 from tuner.cli import run
-from tuner.config import PRESETS, add_options, render
+from tuner.config import PRESETS, RECIPES, add_options, render
 from tuner.errors import UserError
 
 PRESET = "internlm2_tiny-sft_full"
@@ -92,7 +92,7 @@ def test_list_cfg_gives_each_preset_a_line_whose_columns_are_aligned(capsys: pyt
 
 def test_list_cfg_filters_and_says_when_nothing_is_left(capsys: pytest.CaptureFixture):
     assert run(["list-cfg", "-p", "qwen"]) == 0
-    assert capsys.readouterr().out.split("\n\n")[0].count("\n") == 2
+    assert capsys.readouterr().out.split("\n\n")[0].count("\n") == len(RECIPES)
     assert run(["list-cfg", "-p", "nothing"]) == 2
     assert "No preset matches 'nothing'" in capsys.readouterr().err
 
@@ -113,7 +113,7 @@ def test_copy_cfg_takes_no_files_and_says_where_it_cannot_write(tmp_path: Path, 
     assert run(["copy-cfg", PRESET, str(tmp_path / "mine.py")]) == 2
     assert run(["copy-cfg", PRESET, str(tmp_path / "mine.py" / "below")]) == 2
     assert run(["copy-cfg", "internlm2_tiny-sft", str(tmp_path)]) == 2
-    assert "Did you mean internlm2_tiny-sft_full" in capsys.readouterr().err
+    assert "Did you mean internlm2_tiny-sft_lora or internlm2_tiny-sft_full" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["mine.py"]
 
 
@@ -277,7 +277,7 @@ def complete(line: str, tmp_path: Path) -> list[str]:
 
 
 def test_shells_complete_presets_and_settings(tmp_path: Path):
-    assert complete("tuner train internlm2_tiny", tmp_path) == ["internlm2_tiny-pretrain", "internlm2_tiny-sft_full"]
-    assert complete("tuner copy-cfg qwen", tmp_path) == ["qwen2_5_7b-pretrain", "qwen2_5_7b-sft_full"]
+    for model, words in {"internlm2_tiny": "tuner train internlm2_tiny", "qwen2_5_7b": "tuner copy-cfg qwen"}.items():
+        assert complete(words, tmp_path) == sorted(f"{model}-{recipe}" for recipe in RECIPES)
     assert complete(f"tuner train {PRESET} warm", tmp_path) == ["warmup_ratio="]
     assert complete("tuner li", tmp_path) == ["lint", "list-cfg", "list-formats"]

@@ -33,6 +33,7 @@ EIGHT_80GB = "8 x 80 GB, --deepspeed zero3"
 SIXTEEN_80GB = "16 x 80 GB, --deepspeed zero3"
 
 SFT = ("sft_full", "sft_lora", "sft_qlora")
+WHOLE = ("pretrain", "sft_full")  # recipes in which every weight trains: the arithmetic above is theirs
 
 MODELS: dict[str, Model] = {
     "internlm2_tiny": Model(
