@@ -23,11 +23,12 @@ from tuner.convert.checkpoint_files import (
     verify_read_files,
 )
 from tuner.convert.output import check_absent, publishing
+from tuner.convert.published_names import published, published_tensors
 from tuner.convert.record import Checks, write_record
 from tuner.convert.reload import Origin, check_reload
 from tuner.convert.settings import write_settings
 from tuner.convert.sharding import DEFAULT_SHARD_SIZE, write_shards
-from tuner.convert.tensors import Piece, cast, total_bytes
+from tuner.convert.tensors import Piece, total_bytes
 from tuner.engine.checkpoint import check_sizes, find_checkpoint, read_manifest
 from tuner.engine.tensor_files import WEIGHTS, TensorFiles
 
@@ -86,8 +87,8 @@ def convert(
 
 
 def model_pieces(checkpoint: Path, dtype: torch.dtype | None) -> list[Piece]:
-    """The trained tensors by their own names."""
-    return [cast(tensor, dtype) for tensor in checkpoint_tensors(checkpoint).values()]
+    """The trained tensors as model files have them."""
+    return published(checkpoint_tensors(checkpoint), checkpoint / "hf", dtype)
 
 
 def dtype_of(pieces: Sequence[Piece]) -> torch.dtype:
@@ -117,5 +118,5 @@ def origin_of(checkpoint: Path) -> Origin:
 
 
 def trained_tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and values, as training itself would read them."""
-    yield from TensorFiles(checkpoint, WEIGHTS).items()
+    """Name and values, as training itself would read them, in the form of model files."""
+    yield from published_tensors(TensorFiles(checkpoint, WEIGHTS), checkpoint / "hf").items()
