@@ -29,7 +29,7 @@ from tuner.convert.adapter_files import read_adapter
 from tuner.convert.checkpoint_files import checkpoint_tensors
 from tuner.convert.merge import merge, piece_of
 from tuner.convert.model_files import model_tensors
-from tuner.convert.sharding import header_of, write_fully
+from tuner.convert.sharding import header_of, one_thread, write_fully
 from tuner.convert.tensors import Piece, cast
 from tuner.convert.to_hf import convert
 from tuner.dataset.cache import hash_file
@@ -99,7 +99,7 @@ def writing_alone(folder: Path, out: Path) -> None:
 
 def write_unhashed(out: Path, pieces: Sequence[Piece]) -> None:
     """The same file, of blocks that are only written."""
-    with out.open("xb", buffering=0) as file:
+    with one_thread(), out.open("xb", buffering=0) as file:
         write_fully(file, memoryview(header_of(pieces)))
         for piece in pieces:
             for block in piece.blocks():

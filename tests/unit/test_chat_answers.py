@@ -179,10 +179,11 @@ def test_code_runs_as_in_a_notebook_and_only_where_it_is_allowed():
 
 def test_code_sees_neither_the_environment_nor_the_files_of_the_user(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
-    seen = run_code("import os, sys\nprint(dict(os.environ), os.listdir(), os.getcwd(), sys.path, sys.flags.isolated)")
+    seen = run_code("import os, sys\nprint(dict(os.environ), os.listdir(), os.getcwd(), sys.flags.isolated)")
     assert "hf_abc" not in seen
     assert "TOKEN" not in seen
     assert " [] /" in seen  # the directory is empty
+    assert seen.endswith(" 1")  # neither the user's directory nor PYTHONPATH is searched for modules
     assert os.getcwd() not in seen
     directory = seen.split(" [] ")[1].split()[0]
     assert not Path(directory).exists()

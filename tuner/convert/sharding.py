@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -74,7 +75,7 @@ def write_shards(
     groups = split(pieces, max_shard_size)
     files = shard_names(len(groups), stem)
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(1) as hasher:
+    with one_thread(), ThreadPoolExecutor(1) as hasher:
         for file, group in zip(files, groups, strict=True):
             digests |= write_file(folder / file, group, hasher)
     if len(groups) > 1:
@@ -82,6 +83,17 @@ def write_shards(
         index = {"metadata": {"total_size": total_bytes(pieces)}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return digests
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Blocks are too small to be shared: threads would wait for each other, and take the core that hashes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_file(path: Path, pieces: Sequence[Piece], hasher: ThreadPoolExecutor) -> dict[str, str]:
