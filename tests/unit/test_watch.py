@@ -125,9 +125,7 @@ def test_a_rank_without_a_sign_of_life_is_named(ranks: Ranks):
     assert "Documents of step 2: rows.jsonl:110" in ranks.said[0]
 
 
-def test_no_alarm_while_one_saves_or_samples_for_longer_than_the_timeout(
-    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-):
+def test_no_alarm_while_one_saves_or_samples_for_longer_than_the_timeout(ranks: Ranks, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(watch, "LONG_FACTOR", 20)  # the timeout is half a second here, and the machine may be busy
     for progress in ranks.progress:
         progress.enter(DATA, step=1)

@@ -147,9 +147,9 @@ INTERPRETER = {
         "让程序算{n}对{b}取余。",
     ),
     "repeat": (
-        "用Python把\"{word}\"打印{b}遍。",
-        "让代码重复\"{word}\"{b}次。",
-        "写个程序，说{b}遍\"{word}\"。",
+        '用Python把"{word}"打印{b}遍。',
+        '让代码重复"{word}"{b}次。',
+        '写个程序，说{b}遍"{word}"。',
     ),
 }
 
@@ -192,7 +192,14 @@ GREETINGS = (
 CHINESE = Wording(
     code="zh",
     cities=(
-        "北京", "上海", "巴黎", "伦敦", "东京", "柏林", "马德里", "开罗",
+        "北京",
+        "上海",
+        "巴黎",
+        "伦敦",
+        "东京",
+        "柏林",
+        "马德里",
+        "开罗",
     ),
     days=("今天", "明天", "周一", "周二", "周三", "周四", "周五", "周六", "周日"),
     day_phrases=("今天", "明天", "周一", "周二", "周三", "周四", "周五", "周六", "周日"),
@@ -200,8 +207,14 @@ CHINESE = Wording(
     weekdays=("周一", "周二", "周三", "周四", "周五", "周六", "周日"),
     months=tuple(f"{month}月" for month in range(1, 13)),
     titles=(
-        "看牙医", "团队会议", "瑜伽课", "理发",
-        "钢琴课", "读书会", "电话会议", "和小安吃晚饭",
+        "看牙医",
+        "团队会议",
+        "瑜伽课",
+        "理发",
+        "钢琴课",
+        "读书会",
+        "电话会议",
+        "和小安吃晚饭",
     ),
     names=("小安", "大明", "李娜", "王强", "小美", "张伟", "陈静", "阿龙"),
     foods=("面条", "汤", "米饭", "面包", "奶酪", "苹果"),
@@ -209,7 +222,10 @@ CHINESE = Wording(
     date_form="{month}{day}日",
     calculator=CALCULATOR,
     calculator_answers=(
-        "{expression} = {result}", "答案是{expression} = {result}。", "等于{result}。", "一共是{result}。",
+        "{expression} = {result}",
+        "答案是{expression} = {result}。",
+        "等于{result}。",
+        "一共是{result}。",
         "结果：{expression} = {result}",
         "{result}，因为{expression} = {result}。",
     ),

@@ -31,7 +31,7 @@ class Case:
 
     @property
     def language(self) -> str:
-        """"zh" where the request has Chinese characters, "en" otherwise."""
+        """ "zh" where the request has Chinese characters, "en" otherwise."""
         return "zh" if any("\u4e00" <= character <= "\u9fff" for character in self.request) else "en"
 
 
