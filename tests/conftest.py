@@ -11,10 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import settings
 
-# A shell that starts the tests in the background lets every process ignore SIGINT for good, and so
-# do the children; the tests that interrupt a child would wait for ever.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the tests in the background lets every process ignore SIGINT for good, nohup lets it ignore
+# SIGHUP, and so do the children; the tests that interrupt a child would wait for ever.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 settings.register_profile("fast", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("fast")
