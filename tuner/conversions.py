@@ -134,14 +134,13 @@ def internlm2_command(model: Path, out: Path, **options: Any) -> None:
 @click.option("--allow-legacy-pickle", "allow", is_flag=True, help="Read pickles, for their tensors alone.")
 @click.option("--base", type=click.Path(path_type=Path), help="Model whose config and tokenizer go with the weights.")
 @click.option("--lora-alpha", type=float, help="Of LoRA weights.  [default: as a config in the file states]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="auto", show_default=True, help="Of what is written.")
-@debug_option
-def legacy_command(source: Path, out: Path, dtype: str, **options: Any) -> None:
+@dtype_option
+@output_options
+def legacy_command(source: Path, out: Path, **options: Any) -> None:
     """Write the weights of an old .pth, .bin or DeepSpeed checkpoint to OUT: a model, or an adapter of LoRA weights."""
     from tuner.convert.legacy import convert_legacy
-    from tuner.convert.to_hf import DTYPES as TORCH_DTYPES
 
-    click.echo(convert_legacy(source, out, dtype=TORCH_DTYPES[DTYPES[dtype]], **options))
+    click.echo(convert_legacy(source, out, **output_arguments(options)))
 
 
 @convert_group.command("internevo")
@@ -153,11 +152,12 @@ def legacy_command(source: Path, out: Path, dtype: str, **options: Any) -> None:
 )
 @click.option("--rotary", type=click.Choice(["half", "interleaved"]), help="Where model_config.pt does not say it.")
 @click.option("--embedding", type=click.Choice(["columns", "rows"]), help="How parts are cut.  [default: as they come]")
-@debug_option
+@output_options
 def internevo_command(source: Path, out: Path, rotary: str | None, embedding: str | None, **options: Any) -> None:
     """Join InternEvo's model_tp*_pp*.pt in PARTS to a model directory; with --tp, cut PARTS or a MODEL anew."""
     from tuner.convert.internevo import convert_internevo
 
     interleaved = None if rotary is None else rotary == "interleaved"
     split_hidden = None if embedding is None else embedding == "columns"
+    options = output_arguments(options)
     click.echo(convert_internevo(source, out, interleaved=interleaved, split_hidden=split_hidden, **options))

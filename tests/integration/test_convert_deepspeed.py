@@ -62,7 +62,7 @@ def test_what_deepspeed_saved_is_what_its_own_script_reads(tmp_path: Path) -> No
     for stage, precision in CASES:
         saved = tmp_path / f"{stage}_{precision}"
         expected = get_fp32_state_dict_from_zero_checkpoint(str(saved))
-        out = convert_legacy(saved, tmp_path / f"hf_{stage}_{precision}", allow=True)
+        out = convert_legacy(saved, tmp_path / f"hf_{stage}_{precision}", allow=True, verify=False)
         found = load_file(out / "model.safetensors")
         assert expected.keys() | {FROZEN} == found.keys() == LlamaForCausalLM(LlamaConfig(**SHAPE)).state_dict().keys()
         assert all(torch.equal(found[name].float(), expected[name].float()) for name in expected), (stage, precision)

@@ -12,7 +12,10 @@ from small_tokenizer import write_directory
 import tuner.model  # noqa: F401 - registers InternLM2
 from tuner.cli import run
 from tuner.convert.internevo import convert_internevo
+from tuner.convert.internevo_again import origin_of
 from tuner.convert.internevo_parts import join
+from tuner.convert.record import RECORD
+from tuner.convert.reload import MismatchError, compare
 from tuner.errors import UserError
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
@@ -118,7 +121,17 @@ def write_parts(
 
 
 def to_model(source: Path, out: Path, base: Path | None, interleaved: bool | None = None) -> dict[str, torch.Tensor]:
-    return weights(convert_internevo(source, out, tp=None, base=base, interleaved=interleaved, split_hidden=None))
+    options: dict[str, Any] = {"interleaved": interleaved, "split_hidden": None, "verify": False}
+    return weights(convert_internevo(source, out, tp=None, base=base, **options))
+
+
+def reloaded(parts: Path, out: Path, base: Path, tmp_path: Path, *, is_turned: bool = False) -> list[str]:
+    """What a fresh process would find, in this one."""
+    digests = {name: entry["sha256"] for name, entry in json.loads((out / RECORD).read_text())["tensors"].items()}
+    (tmp_path / "expected").mkdir()
+    found = compare(origin_of(parts, base, tmp_path / "expected", is_turned=is_turned), out, digests)
+    assert found.not_checked == []
+    return found.checked
 
 
 def to_parts(source: Path, out: Path, tp: int, split_hidden: bool | None = None) -> Path:
@@ -142,6 +155,9 @@ def test_parts_join_to_the_model(tp: int, options: dict[str, Any], base: Path, t
     read, given = (InternLM2Config.from_pretrained(folder).to_dict() for folder in (tmp_path / "hf", base))
     differing = {key for key in given if given[key] != read.get(key)}
     assert differing <= {"auto_map", "transformers_version", "_name_or_path"}
+    checked = reloaded(parts, tmp_path / "hf", base, tmp_path)
+    assert [text for text in checked if "logits" in text][1].startswith("logits of a text of 4,096 tokens: they differ")
+    assert any("50000" in text for text in checked if "RoPE" in text)
 
 
 @pytest.mark.parametrize("wanted", [1, 2])
@@ -202,6 +218,8 @@ def test_interleaved_rotary_rows_and_a_normalised_head(settings: dict, base: Pat
         with pytest.raises(UserError, match="--rotary half"):
             to_model(parts, tmp_path / "hf", base)
     found = to_model(parts, tmp_path / "hf", base, interleaved=None if len(settings) == 2 else True)
+    checked = reloaded(parts, tmp_path / "hf", base, tmp_path, is_turned=True)
+    assert any("1 of them were computed" in text for text in checked)
     head = expected.pop("output.weight").double()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     torch.testing.assert_close(
@@ -278,12 +296,41 @@ def test_what_the_command_needs_is_told(base: Path, tmp_path: Path, capsys: pyte
         ([str(base), str(tmp_path / "hf")], "--tp 4"),
         ([parts, str(tmp_path / "hf"), "--tp", "3"], "--tp 3 does not divide the 4 key heads; 1, 2, 4 would do"),
         ([parts, str(base)], "exists and is not empty"),
+        ([parts, str(tmp_path / "hf"), "--tp", "2", "--max-shard-size", "1GB"], "one file a rank"),
         ([str(tmp_path / "nowhere"), str(tmp_path / "hf")], "no directory"),
     ]:
         assert run(["convert", "internevo", *words]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.slow
+def test_a_fresh_process_checks_the_model_by_default(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = str(write_parts(tmp_path / "parts", weights(base), 2))
     assert run(["convert", "internevo", parts, str(tmp_path / "hf"), "--base", str(base)]) == 0
+    record = json.loads((tmp_path / "hf" / RECORD).read_text())
+    assert record["not_checked"] == []
+    assert capsys.readouterr().out.count("checked: ") == len(record["checked"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": 10000}, "RoPE"),
+        ({"rms_norm_eps": 0.5}, "logits of a text of 16 tokens differ"),
+    ],
+)
+def test_a_model_with_other_settings_than_its_parts_is_found(
+    change: dict, message: str, base: Path, tmp_path: Path
+) -> None:
+    parts = write_parts(tmp_path / "parts", weights(base), 2)
+    to_model(parts, tmp_path / "hf", base)
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(MismatchError, match=message):
+        reloaded(parts, tmp_path / "hf", base, tmp_path)
 
 
 def test_wrongly_written_parts_are_found(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

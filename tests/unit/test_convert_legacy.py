@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from tuner.cli import run
-from tuner.convert.legacy import convert_legacy
+from tuner.convert import legacy
+from tuner.convert.legacy_again import origin_of
+from tuner.convert.record import RECORD, Checks
+from tuner.convert.reload import MismatchError, compare
 from tuner.errors import UserError
 
+convert_legacy = partial(legacy.convert_legacy, verify=False)  # the reload is a claim of its own
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -40,7 +45,7 @@ def base(llm: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A model directory whose weights are others than those of `llm`."""
     folder = tmp_path_factory.mktemp("base")
     LlamaForCausalLM(llm.config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "added_tokens.json").write_text("{}")
     return folder
 
 
@@ -50,6 +55,12 @@ def mmengine_file(path: Path, state: dict[str, torch.Tensor], config: str = "") 
     meta = {"iter": 5, "config": f"__import__('os').system('touch {path.parent / 'ran'}')", "cfg": config}
     torch.save({"meta": meta, "message_hub": hub.state_dict(), "state_dict": state}, path)
     return path
+
+
+def reloaded(source: Path, out: Path, base: Path | None, texts: list[str], alpha: float | None) -> Checks:
+    """What a fresh process would find, in this one."""
+    digests = {name: entry["sha256"] for name, entry in json.loads((out / RECORD).read_text())["tensors"].items()}
+    return compare(origin_of(source, out, base, texts, alpha), out, digests)
 
 
 def written(out: Path) -> dict[str, torch.Tensor]:
@@ -63,8 +74,17 @@ def test_a_file_of_mmengine_becomes_a_model(llm: LlamaForCausalLM, base: Path, t
     assert not (tmp_path / "ran").exists()
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in llm.state_dict().items())
-    assert (out / "tokenizer.json").exists()
-    assert "checked" in json.loads((out / "conversion.json").read_text())
+    assert (out / "added_tokens.json").exists()
+    found = reloaded(source, out, base, ["x = dict(max_length = 24)"], None)
+    assert [text.partition(":")[0] for text in found.checked if "logits" in text] == [
+        "logits of a text of 16 tokens",
+        "logits of a text of 24 tokens",
+    ]
+    assert found.not_checked == ["tokenizer ids: there is no tokenizer"]
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.5}))
+    with pytest.raises(MismatchError, match="logits of a text of 16 tokens differ"):
+        reloaded(source, out, base, [], None)
 
 
 def test_nothing_is_read_without_the_flag(llm: LlamaForCausalLM, tmp_path: Path, capsys: Any) -> None:
@@ -73,9 +93,8 @@ def test_nothing_is_read_without_the_flag(llm: LlamaForCausalLM, tmp_path: Path,
     message = capsys.readouterr().err
     assert "--allow-legacy-pickle" in message
     assert "Traceback" not in message
-    assert (
-        run(["convert", "legacy", str(source), str(tmp_path / "hf"), "--allow-legacy-pickle", "--dtype", "bf16"]) == 0
-    )
+    words = [str(source), str(tmp_path / "hf"), "--allow-legacy-pickle", "--dtype", "bf16", "--no-verify"]
+    assert run(["convert", "legacy", *words]) == 0
     assert all(
         torch.equal(tensor, llm.state_dict()[name].bfloat16()) for name, tensor in written(tmp_path / "hf").items()
     )
@@ -130,6 +149,34 @@ def test_lora_weights_become_an_adapter_that_peft_applies(llm: LlamaForCausalLM,
             weights[f"{module}.weight"] = llm.state_dict()[f"{module}.weight"] + 6 / 8 * second @ first
     merged.load_state_dict(weights)
     torch.testing.assert_close(applied, merged(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_with_its_base_is_loaded_by_peft_and_compared(
+    llm: LlamaForCausalLM, base: Path, tmp_path: Path
+) -> None:
+    state = {name: tensor / 10 for name, tensor in lora_state(llm, "").items()}
+    source = mmengine_file(tmp_path / "iter_5.pth", state)
+    out = convert_legacy(source, tmp_path / "adapter", allow=True, base=base, lora_alpha=6)
+    found = reloaded(source, out, base, ["max_length = 32"], 6)
+    assert sum("logits" in text for text in found.checked) == 2
+    with pytest.raises(MismatchError, match="logits of a text of 16 tokens differ"):
+        reloaded(source, out, base, ["max_length = 32"], 7)
+    other = tmp_path / "other"
+    LlamaConfig(**SHAPE | {"intermediate_size": 20}, architectures=["LlamaForCausalLM"]).save_pretrained(other)
+    with pytest.raises(UserError, match=r"another base than .*other: model.layers.0.mlp.gate_proj.weight is \(24,"):
+        convert_legacy(source, tmp_path / "none", allow=True, base=other, lora_alpha=6)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuned", ["whole", "lora"])
+def test_a_fresh_process_checks_it_by_default(tuned: str, llm: LlamaForCausalLM, base: Path, tmp_path: Path) -> None:
+    state = dict(llm.state_dict()) if tuned == "whole" else {n: t / 10 for n, t in lora_state(llm, "").items()}
+    torch.save(state, tmp_path / "old.pth")
+    words = [str(tmp_path / "old.pth"), str(tmp_path / "out"), "--base", str(base), "--allow-legacy-pickle"]
+    assert run(["convert", "legacy", *words, "--lora-alpha", "6"]) == 0
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert sum("logits" in text for text in record["checked"]) == 2
 
 
 def test_lora_alpha_is_asked_for_where_no_config_states_it(llm: LlamaForCausalLM, tmp_path: Path) -> None:

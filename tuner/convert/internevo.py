@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from tuner.convert.internevo_again import origin_of
 from tuner.convert.internevo_parts import (
     CONFIG,
     EMBEDDINGS,
@@ -26,18 +28,26 @@ from tuner.convert.llama_form import internlm2_shapes
 from tuner.convert.model_files import model_tensors
 from tuner.convert.output import check_absent, publishing
 from tuner.convert.record import Checks, write_record
+from tuner.convert.reload import check_reload
 from tuner.convert.settings import write_json
 from tuner.convert.sharding import DEFAULT_SHARD_SIZE, write_shards
 from tuner.convert.tensors import total_bytes
 from tuner.convert.tokenizer_files import write_internlm2_companions
-from tuner.convert.verified import compare_pieces
 from tuner.errors import UserError
 from tuner.model.directory import check_model_directory
 from tuner.model.internlm2.configuration import InternLM2Config
 
 
 def convert_internevo(
-    source: Path, out: Path, *, tp: int | None, base: Path | None, interleaved: bool | None, split_hidden: bool | None
+    source: Path,
+    out: Path,
+    *,
+    tp: int | None,
+    base: Path | None,
+    interleaved: bool | None,
+    split_hidden: bool | None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    verify: bool = True,
 ) -> Path:
     """Write parts as a model directory, or parts or a model directory as parts for `tp` ranks.
 
@@ -47,6 +57,8 @@ def convert_internevo(
         base: an InternLM2 directory whose tokenizer, and what the parts do not say, go into a model directory.
         interleaved: whether rotary pairs are neighbours in the parts, where their model_config.pt does not say it.
         split_hidden: whether parts have columns of the embedding, not rows; None: as the source, else columns.
+        max_shard_size: bytes of a model directory's file at most.
+        verify: also load a model directory in a fresh process and compare it with the parts.
 
     Raises:
         UserError: parts are missing or do not fit, what is needed is not given, or something is in `out`.
@@ -55,10 +67,12 @@ def convert_internevo(
     check_absent(out)
     if not source.is_dir():
         raise UserError(f"There is no directory {source}. Give one of model_tp*_pp*.pt, or of an InternLM2.")
+    if tp is not None and max_shard_size != DEFAULT_SHARD_SIZE:
+        raise UserError("--max-shard-size is for a model directory; of parts there is one file a rank (--tp).")
     if has_parts(source):
         model = join(source)
         if tp is None:
-            return write_model(source, out, model, base, interleaved)
+            return write_model(source, out, model, place_of(base), interleaved, max_shard_size, verify)
     elif tp is None:
         raise UserError(f"{source} has no model_tp*_pp*.pt. To write a model's parts, say for how many ranks: --tp 4")
     else:
@@ -66,30 +80,46 @@ def convert_internevo(
     return write_parts(source, out, model, tp, model.embed_split_hidden if split_hidden is None else split_hidden)
 
 
-def write_model(source: Path, out: Path, model: Joined, base: Path | None, interleaved: bool | None) -> Path:
-    """The joined parts as an InternLM2 directory."""
+def place_of(base: Path | None) -> Path:
+    """The directory given as --base; UserError where there is none."""
     if base is None:
         raise UserError(
             "Parts have no tokenizer. Give an InternLM2 directory that has the one they were trained with: --base"
         )
     check_model_directory(str(base))
+    return base
+
+
+def write_model(
+    source: Path,
+    out: Path,
+    model: Joined,
+    base: Path,
+    interleaved: bool | None,
+    max_shard_size: int,
+    verify: bool,
+) -> Path:
+    """The joined parts as an InternLM2 directory."""
     stated = is_interleaved(model.settings)
     if stated is None and interleaved is None:
         raise UserError(
             f"{source / CONFIG} does not say how rotary pairs lie (adapt_hf, rot_embed_HF_impl or qk_interleaved). "
             "Say it: --rotary half (as transformers) or --rotary interleaved (as GPT-J)"
         )
+    is_turned = bool(interleaved if stated is None else stated)
     settings = hf_settings(model, json.loads((base / "config.json").read_text(encoding="utf-8")), base)
-    tensors = hf_tensors(model, is_turned=interleaved if stated is None else stated)
+    tensors = hf_tensors(model, is_turned=is_turned)
     check_shapes(source, tensors, internlm2_shapes(InternLM2Config.from_dict(settings)))
     pieces = [piece_of(name, tensor) for name, tensor in tensors.items()]
     checks = Checks(["the checksums in the parts of all bytes that were read"])
-    with publishing(out, num_bytes=total_bytes(pieces)) as draft:
-        digests = write_shards(draft, pieces, max_shard_size=DEFAULT_SHARD_SIZE)
+    with publishing(out, num_bytes=total_bytes(pieces)) as draft, TemporaryDirectory() as expected:
+        digests = write_shards(draft, pieces, max_shard_size=max_shard_size)
         write_json(draft / "config.json", settings)
         write_internlm2_companions(base, draft)
-        checks.checked.append(compare_pieces(pieces, draft))
+        origin = origin_of(source, base, Path(expected), is_turned=is_turned)
+        check_reload(origin, draft, digests, checks, verify=verify)
         write_record(draft, "internevo", {"parts": source.resolve().name}, pieces, digests, checks)
+    print(checks.summary(), flush=True)
     return out
 
 
@@ -117,7 +147,7 @@ def hf_settings(model: Joined, base: Mapping[str, Any], place: Path) -> dict[str
     return {**kept, **sizes, **stated}
 
 
-def hf_tensors(model: Joined, *, is_turned: bool | None) -> dict[str, Source]:
+def hf_tensors(model: Joined, *, is_turned: bool) -> dict[str, Source]:
     """The joined tensors by transformers' names and in its rotary order."""
     found: dict[str, Source] = {}
     for name, source in model.tensors.items():
@@ -170,8 +200,9 @@ def write_parts(source: Path, out: Path, model: Joined, tp: int, split_hidden: b
     """A file for each of `tp` ranks, all layers in it; one is in memory at a time."""
     check_divides(model.tensors, tp, model.heads.num_key_value_heads, split_hidden)
     settings = {**model.settings, "embed_split_hidden": split_hidden}
-    size = sum(piece_of(name, tensor).num_bytes for name, tensor in model.tensors.items())
-    with publishing(out, num_bytes=size) as draft:
+    pieces = [piece_of(name, tensor) for name, tensor in model.tensors.items()]
+    checks = Checks(not_checked=["a forward pass of the parts, which only InternEvo can do"])
+    with publishing(out, num_bytes=total_bytes(pieces)) as draft:
         for rank in range(tp):
             part = {
                 model.prefix + name: whole(part_of(name, tensor, rank, tp, split_hidden))
@@ -180,7 +211,10 @@ def write_parts(source: Path, out: Path, model: Joined, tp: int, split_hidden: b
             torch.save(part, draft / f"model_tp{rank}_pp0.pt")
             del part
         torch.save(settings, draft / CONFIG)
-        compare(model, join(draft), source)
+        digests = compare(model, join(draft), source)
+        checks.checked.append(f"all {len(digests)} tensors, joined from the written files, against the bytes that came")
+        write_record(draft, "internevo parts", {"model": source.resolve().name}, pieces, digests, checks)
+    print(checks.summary(), flush=True)
     return out
 
 
@@ -189,10 +223,12 @@ def whole(source: Source) -> torch.Tensor:
     return torch.cat(list(blocks_of(source))).contiguous()
 
 
-def compare(expected: Joined, found: Joined, source: Path) -> None:
-    """What the written parts give when joined again; RuntimeError where that is not what came."""
+def compare(expected: Joined, found: Joined, source: Path) -> dict[str, str]:
+    """What the written parts give when joined again: the sha256 of each; RuntimeError where that is not what came."""
     if expected.tensors.keys() != found.tensors.keys():
         raise RuntimeError(f"tensors of {source} got lost; the directory was not published")
-    for name, tensor in expected.tensors.items():
-        if tensor.shape != found.tensors[name].shape or digest(tensor) != digest(found.tensors[name]):
+    digests = {name: digest(tensor) for name, tensor in expected.tensors.items()}
+    for name, tensor in found.tensors.items():
+        if tensor.shape != expected.tensors[name].shape or digest(tensor) != digests[name]:
             raise RuntimeError(f"{name} differs from what was read; the directory was not published")
+    return digests

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,17 @@ def adapter_pieces(weights: Mapping[str, Source]) -> tuple[list[Piece], dict[str
         "inference_mode": True,
     }
     return pieces, settings, len(weights) - len(pieces)
+
+
+def changed_shapes(pieces: Sequence[Piece]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that an adapter's tensors change, or stand in the place of, by the base's names."""
+    shapes = {piece.name.removeprefix(PEFT): piece.shape for piece in pieces}
+    found = {name: shape for name, shape in shapes.items() if ".lora_" not in name}
+    for name in shapes:
+        module, mark, _ = name.partition(".lora_A.")
+        if mark:
+            found[f"{module}.weight"] = (shapes[f"{module}.lora_B.weight"][0], shapes[name][1])
+    return found
 
 
 def find_alpha(texts: list[str]) -> float:

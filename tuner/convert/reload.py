@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 import tuner.model  # noqa: F401 - registers InternLM2
@@ -214,6 +221,9 @@ def rendered_ids(tokenizer: Any) -> list[int]:
 def compare_logits(origin: Origin, draft: Path, checks: Checks) -> None:
     """Of a short text and of one of trained length, as far as memory and patience go."""
     place = draft if (draft / "config.json").exists() else origin.settings
+    if not (place / "config.json").exists():
+        checks.not_checked.append("logits: there is no config.json, so these are weights without a model")
+        return
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     dtype = torch.float32 if origin.written else config.dtype
     num_values = count_values(config)
@@ -254,6 +264,16 @@ def load_written(draft: Path, checks: Checks) -> PreTrainedModel:
         checks.not_checked.append(f"{len(unused)} tensors that the model does not use, such as {unused[0]}")
     if wrong := [f"{kind}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]:
         raise MismatchError(f"transformers loads it with {'; '.join(wrong)}")
+    return llm
+
+
+def model_of(config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM of a config with these tensors by the names of its files, in `dtype`; all must find their place."""
+    llm, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+    )
+    if wrong := [f"{kind}: {sorted(map(str, names))[0]}" for kind, names in report.items() if names]:
+        raise MismatchError(f"What it was made from makes no model: {'; '.join(wrong)}")
     return llm
 
 
