@@ -113,6 +113,7 @@ RULES: dict[str, Rule] = {
     "packs_per_window": count(1),
     "train_newline": FLAG,
     "gradient_checkpointing": FLAG,
+    "tile_tokens": count(1, or_none=True),
     "hpz_partition_size": count(1, or_none=True),
     "max_nonfinite_steps": count(1),
     "rollback_steps": count(1),

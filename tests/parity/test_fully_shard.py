@@ -28,6 +28,7 @@ from tuner.engine.world import World
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
 from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.model.tiles import tile
 
 MODELS = {
     "untied": lambda: InternLM2Config(**SIZES),
@@ -37,6 +38,12 @@ MODELS = {
 
 def checkpoint(method: SFT) -> None:
     method.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def save_memory(method: SFT) -> None:
+    """All at once of what changes no step."""
+    checkpoint(method)
+    tile(method.llm, 8)
 
 
 def freeze(method: SFT) -> None:
@@ -75,14 +82,15 @@ TWO_RANKS = [
     Case("tied", optimizers=2),
     Case("tied", use_own_head, num_packs=7),  # one micro-batch has no documents
     Case("tied", num_packs=1, num_accumulation_steps=1),  # one rank has none
-    Case(change=checkpoint, sequence_parallel=2, num_accumulation_steps=8),
-    Case("tied", checkpoint, num_packs=2, num_accumulation_steps=1),
+    Case(change=save_memory, sequence_parallel=2, num_accumulation_steps=8),
+    Case("tied", save_memory, num_packs=2, num_accumulation_steps=1),
     Case(change=freeze, optimizers=2),
     Case(change=use_own_head, accumulate="rows"),
 ]
 ONE_BY_ONE = [  # what those have several of at once
     Case("tied", num_packs=7),
     Case(change=checkpoint),
+    Case("tied", checkpoint, num_packs=2, num_accumulation_steps=1),
     Case("tied", use_own_head),
     Case(change=use_own_head),
     Case(sequence_parallel=2, num_accumulation_steps=8),

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import by_turns, run_on_ranks
-from test_fully_shard import MODELS, checkpoint, freeze
+from test_fully_shard import MODELS, checkpoint, freeze, save_memory
 from test_one_gradient import StepOfDocuments
 from torch.optim import SGD, AdamW
 from transformers import AutoModelForCausalLM
@@ -61,6 +61,7 @@ STAGES = ("zero1", "zero2", "zero3")
 TWO_RANKS = [
     *(Case(stage) for stage in STAGES),
     *(Case(stage, "AdamW", num_packs=3) for stage in STAGES),  # one micro-batch has no documents; clipped
+    Case("zero3", change=save_memory, num_accumulation_steps=4, sequence_parallel=2),
     Case("zero3", trained="one token of the step"),
 ]
 MORE = [

@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuner.engine.fsdp_hold import LentWeights
 from tuner.engine.precision import PRECISIONS
@@ -20,6 +19,7 @@ from tuner.engine.strategy import Batch
 from tuner.engine.world import World
 from tuner.errors import UserError
 from tuner.model.hollow import Hold
+from tuner.model.tiles import decoder_layers
 
 SHARDINGS = ("full", "hybrid")
 ACCUMULATE = ("whole", "rows")
@@ -66,7 +66,7 @@ class FullyShard(Stepping):
 
     def hold(self, llm: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
         """Lend a model on the meta device its weights, layer by layer, until `spread` reads each rank's rows."""
-        self._lent = LentWeights(llm, outermost_layers(llm), weights, device=self.device, world=self.world)
+        self._lent = LentWeights(llm, decoder_layers(llm), weights, device=self.device, world=self.world)
 
     def spread(self, model: nn.Module) -> nn.Module:
         """Cut every weight by rows: of a model that was lent its weights, no rank holds more than one of them whole."""
@@ -77,7 +77,7 @@ class FullyShard(Stepping):
         lent, self._lent = self._lent, None
         if lent is not None:
             lent.end()
-        for layer in outermost_layers(model.get_submodule("llm")):
+        for layer in decoder_layers(model.get_submodule("llm")):
             fully_shard(layer, mesh=self._shards, mp_policy=policy)
         # The root is the method, not its llm: what it does with the head's weight beside the llm's forward lies
         # between the root's hooks, where that weight is whole and its gradient is waited for.
@@ -123,14 +123,6 @@ class FullyShard(Stepping):
 
 def do_nothing() -> None:
     """For the sake of the hooks around it."""
-
-
-def outermost_layers(llm: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a model: what transformers can compute again, down to the first of each branch."""
-    found: list[nn.Module] = []
-    for child in llm.children():
-        found += [child] if isinstance(child, GradientCheckpointingLayer) else outermost_layers(child)
-    return found
 
 
 def build_shards(fsdp: str, world: World, device: torch.device) -> DeviceMesh:

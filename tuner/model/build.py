@@ -32,6 +32,7 @@ from tuner.model.directory import check_model_directory, check_weights, looks_lo
 from tuner.model.fingerprint import Base
 from tuner.model.hollow import BuiltWeights, Hold, StoredWeights, fill_computed_buffers, stored_names
 from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.model.tiles import tile
 from tuner.nearest import did_you_mean
 
 WEIGHTS = ("pretrained", "random")
@@ -43,6 +44,7 @@ def build_llm(
     weights: Literal["pretrained", "random"] = "pretrained",
     attention: str = "auto",
     gradient_checkpointing: bool = False,
+    tile_tokens: int | None = None,
     seed: int = 0,
     adapter: LoRA | None = None,
     hold: Hold | None = None,
@@ -54,6 +56,7 @@ def build_llm(
         weights: "pretrained" reads the safetensors; "random" draws them anew from config.json, the same for the same
             `seed` whatever was drawn before, and leaves the global random state as it was.
         attention: "auto", a key of `tuner.model.attention.BACKENDS`, or "eager", transformers' plain reference.
+        tile_tokens: tokens that feed-forward blocks and norms take at a time, see `tile`; None takes all at once.
         adapter: what trains in place of the weights, see `LoRA`; None trains all of them.
         hold: for a model too large for one process: gets it without weights, and the weights, and puts them in place.
 
@@ -82,6 +85,8 @@ def build_llm(
             hold(llm, tensors)
     if gradient_checkpointing:
         enable_gradient_checkpointing(llm)
+    if tile_tokens is not None:
+        tile(llm, tile_tokens)
     return llm.train()
 
 
