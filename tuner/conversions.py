@@ -1,11 +1,12 @@
 """`tuner convert` and its subcommands: without one, a checkpoint becomes a directory that others load."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import click
 
 from tuner.arguments import F, debug_option
+from tuner.errors import UserError
 
 DTYPES: dict[str, Literal["auto", "float32", "bfloat16", "float16"]] = {
     "auto": "auto",
@@ -43,9 +44,17 @@ def convert_group() -> None:
     """
 
 
+class OneOf(click.Choice):
+    """A choice whose mistakes are told in one line, without the usage."""
+
+    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
+        """Say what came and what is allowed."""
+        raise UserError(f"{param.opts[0] if param else 'choice'}: {message}")
+
+
 def dtype_option(command: F) -> F:
     """`--dtype`, for forms whose numbers may change."""
-    kinds = click.Choice(list(DTYPES))
+    kinds = OneOf(list(DTYPES))
     words = "Of the written weights; auto keeps that of what is read, fp32 exactly."
     return click.option("--dtype", type=kinds, default="auto", show_default=True, help=words)(command)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from small_tokenizer import write_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tuner.model  # noqa: F401 - registers InternLM2
+from tuner.cli import run as cli
 from tuner.config import render
-from tuner.convert import output, sharding, to_hf
+from tuner.convert import output, reload, sharding, to_hf
 from tuner.convert.record import RECORD, Checks
 from tuner.convert.reload import MismatchError, Origin, check_reload, compare
 from tuner.convert.shard import shard
@@ -166,6 +168,38 @@ def test_a_check_that_dies_or_fails_keeps_nothing(run, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="w differs"):
         to_hf.convert(run, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+class Sent(list):
+    """A pipe's end that keeps what is sent."""
+
+    send = list.append
+
+
+@pytest.mark.parametrize("run", [False], indirect=True, ids=["untied"])
+def test_what_the_user_can_mend_is_told_as_such(run, tmp_path, monkeypatch):
+    """Of a template, in the fresh process; of a config, before anything is written."""
+    origin, out = origin_of(find_checkpoint(run)), convert(run, tmp_path / "hf")
+    digests = {name: entry["sha256"] for name, entry in json.loads((out / RECORD).read_text())["tensors"].items()}
+    for template in ("{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{{ 1 + '1' }}"):
+        config = json.loads((out / "tokenizer_config.json").read_text())
+        (out / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+        sent = Sent()
+        reload._answer(sent, origin, out, digests)
+        [(problem, found)] = sent
+        assert found is None
+        assert isinstance(problem, UserError)
+        assert "cannot be rendered" in str(problem)
+        assert isinstance(pickle.loads(pickle.dumps(problem)), UserError)
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**settings, "intermediate_size": 40}))
+    with pytest.raises(UserError, match=r"do not fit its config.json: .*w1.weight is \(48, 32\), not \(40, 32\)"):
+        shard(out, tmp_path / "shards")
+    (out / "config.json").write_text(json.dumps({**settings, "model_type": "other"}))
+    with pytest.raises(UserError, match=r"no model type 'other'.*never run"):
+        shard(out, tmp_path / "shards")
+    assert cli(["convert", str(run), str(tmp_path / "x"), "--dtype", "int3"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_the_card_tells_the_run_and_no_path_or_text_of_the_user(run, tmp_path):

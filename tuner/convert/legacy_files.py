@@ -6,10 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-import tuner.model  # noqa: F401 - registers InternLM2
+from tuner.convert.config_fit import hollow_model, listed, other_shapes
 from tuner.convert.layout import Source
 from tuner.convert.pickled import PickledTensor, read_pickle
 from tuner.convert.zero_files import MODEL_FILE, read_zero
@@ -140,27 +137,3 @@ def check_changes(shapes: Mapping[str, tuple[int, ...]], base: Path, source: Pat
     problems = [f"no {name}" for name in shapes if name not in expected] + other_shapes(shapes, expected)
     if problems:
         raise UserError(f"{source} has an adapter for another base than {base}: {listed(problems)}.")
-
-
-def hollow_model(base: Path) -> PreTrainedModel:
-    """The causal LM of a directory's config, without weights."""
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{base} is no causal language model that transformers knows: {str(error)[:200]}") from error
-
-
-def other_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Which of those that both have differ, in words."""
-    return [
-        f"{name} is {tuple(found[name])}, not {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-
-
-def listed(problems: list[str]) -> str:
-    """The first five, and how many more."""
-    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -159,7 +159,7 @@ def llama_settings(config: InternLM2Config, settings: Mapping[str, Any]) -> dict
         "mlp_bias": False,
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling and {"rope_type": scaling["type"], "factor": scaling["factor"]},
+        "rope_scaling": scaling and {"rope_type": scaling.pop("type"), **scaling},
         **dtype_of(settings),
     }
 
@@ -178,14 +178,15 @@ def internlm2_settings(config: LlamaConfig, settings: Mapping[str, Any]) -> dict
         for broken, text in [
             (config.mlp_bias, "mlp_bias (InternLM2's feed-forward layers have no bias)"),
             (config.head_dim * config.num_attention_heads != config.hidden_size, f"head_dim={config.head_dim}"),
-            (kind not in ("default", *ROPE_SCALING_TYPES), f"rope type {kind!r} (InternLM2's: linear, dynamic, none)"),
+            (kind not in ("default", *ROPE_SCALING_TYPES), f"rope type {kind!r} (InternLM2's: {', '.join(ROPE_SCALING_TYPES)}, none)"),
             (rope.get("partial_rotary_factor", 1) != 1, "partial_rotary_factor"),
         ]
         if broken
     ]
     if wrong:
         raise UserError(f"This Llama is no InternLM2: it has {', '.join(wrong)}.")
-    scaling = None if kind == "default" else {"type": kind, "factor": rope["factor"]}
+    rest = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
+    scaling = None if kind == "default" else {"type": kind, **rest}
     made = InternLM2Config(
         **{name: getattr(config, name) for name in SHARED},
         bias=config.attention_bias,

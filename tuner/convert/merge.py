@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tuner.convert.adapter_files import Adapter, LowRank, read_adapter
+from tuner.convert.config_fit import check_config_fits
 from tuner.convert.low_rank import added, merged
 from tuner.convert.model_files import copy_companions, model_tensors
 from tuner.convert.output import check_absent, publishing
@@ -62,6 +63,7 @@ def merge(
     check_absent(out)
     change = read_adapter(adapter)
     tensors = base_tensors(base, change)
+    check_config_fits(tensors, base)
     check_fit(base, tensors, change)
     pieces = [piece_of(tensor, change, DTYPES[dtype]) for tensor in tensors.values()]
     checks = Checks()

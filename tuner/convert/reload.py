@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -78,7 +79,7 @@ def check_reload(origin: Origin, draft: Path, digests: Mapping[str, str], checks
     """Compare in a fresh process, and note what was compared; without `verify`, note that nothing was.
 
     Raises:
-        UserError: the process was ended from outside, as where memory is short.
+        UserError: the process was ended from outside, as where memory is short, or a chat template is not to be used.
         RuntimeError: something differs.
     """
     if not verify:
@@ -104,6 +105,8 @@ def check_reload(origin: Origin, draft: Path, digests: Mapping[str, str], checks
     finally:
         process.kill()
         process.join()
+    if isinstance(problem, UserError):
+        raise UserError(f"{problem} Nothing was kept.") from None
     if problem:
         raise RuntimeError(f"{problem}; nothing was kept")
     checks.checked += found.checked
@@ -113,6 +116,8 @@ def check_reload(origin: Origin, draft: Path, digests: Mapping[str, str], checks
 def _answer(writer: Connection, origin: Origin, draft: Path, digests: dict[str, str]) -> None:
     try:
         writer.send(("", compare(origin, draft, digests)))
+    except UserError as error:
+        writer.send((error, None))
     except Exception as error:
         writer.send((f"{type(error).__name__}: {error}" if not isinstance(error, MismatchError) else str(error), None))
 
@@ -213,9 +218,13 @@ def compare_ids(settings: Path, draft: Path, checks: Checks) -> None:
 
 
 def rendered_ids(tokenizer: Any) -> list[int]:
-    """The conversation by the tokenizer's own chat template."""
-    with limited_here():  # it may be another's template, and may run for ever
-        return tokenizer.apply_chat_template(SAMPLE["messages"], tokenize=True, return_dict=False)
+    """The conversation by the tokenizer's own chat template; UserError where that cannot be rendered within limits."""
+    try:
+        with limited_here():  # it may be another's template, and may run for ever
+            return tokenizer.apply_chat_template(SAMPLE["messages"], tokenize=True, return_dict=False)
+    except (TemplateError, MemoryError, ValueError, TypeError) as error:
+        told = f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
+        raise UserError(f"The chat template cannot be rendered ({told}). Mend it in the tokenizer's files.") from error
 
 
 def compare_logits(origin: Origin, draft: Path, checks: Checks) -> None:

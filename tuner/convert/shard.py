@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tuner.convert.config_fit import check_config_fits
 from tuner.convert.model_files import copy_companions, model_tensors
 from tuner.convert.output import check_absent, publishing
 from tuner.convert.record import Checks, write_record
@@ -20,11 +21,13 @@ def shard(model: Path, out: Path, *, max_shard_size: int = DEFAULT_SHARD_SIZE, v
     """Write `out`: the files of `model`, its weights in safetensors of at most `max_shard_size` bytes.
 
     Raises:
-        UserError: no model directory, a damaged one, one whose index leads elsewhere, or something in `out` already.
+        UserError: no model directory, a damaged one, one whose config does not fit, or something in `out` already.
         RuntimeError: what was written differs; it is not published.
     """
     check_absent(out)
-    pieces = [cast(tensor) for tensor in model_tensors(model).values()]
+    tensors = model_tensors(model)
+    check_config_fits(tensors, model)
+    pieces = [cast(tensor) for tensor in tensors.values()]
     checks = Checks()
     with publishing(out, num_bytes=total_bytes(pieces)) as draft:
         copy_companions(model, draft)
