@@ -30,6 +30,7 @@ from tuner.errors import UserError
 from tuner.model.adapter import LoRA
 from tuner.model.attention import BACKENDS
 from tuner.model.build import WEIGHTS, build_llm
+from tuner.model.checkpointing import is_choice
 from tuner.model.directory import check_model_directory, check_weights, looks_local
 from tuner.model.tokenizer import build_tokenizer
 from tuner.nearest import did_you_mean, did_you_mean_or_all
@@ -112,7 +113,7 @@ RULES: dict[str, Rule] = {
     "streaming": FLAG,
     "packs_per_window": count(1),
     "train_newline": FLAG,
-    "gradient_checkpointing": FLAG,
+    "gradient_checkpointing": Rule(is_choice, "True, False, every n-th layer, or 'attention'"),
     "tile_tokens": count(1, or_none=True),
     "hpz_partition_size": count(1, or_none=True),
     "max_nonfinite_steps": count(1),

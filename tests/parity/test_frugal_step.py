@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -12,8 +12,10 @@ from test_sequence_parallel import norms_in_their_dtype
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from tuner.errors import UserError
 from tuner.method.sft import SFT
 from tuner.model.adapter import LoRA, attach
+from tuner.model.checkpointing import ATTENTION, Choice, choice_of, enable_gradient_checkpointing
 from tuner.model.fingerprint import Base
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.tiles import Tiled, tile
@@ -86,14 +88,21 @@ def apart(got: Step, expected: Step) -> float:
     return max(abs(got[0] / expected[0] - 1), *(difference.item() for difference in differences))
 
 
+def save(llm: PreTrainedModel, checkpointing: Choice = False, tiles: int | None = None) -> None:
+    if tiles is not None:
+        tile(llm, tiles)
+    if checkpointing:
+        enable_gradient_checkpointing(llm, checkpointing)
+
+
 TECHNIQUES: dict[str, Callable[[PreTrainedModel], None]] = {
-    "tiles": lambda llm: tile(llm, 8),
-    "tiles and checkpoints": lambda llm: (tile(llm, 8), checkpoint(llm))[0],
+    "tiles": partial(save, tiles=8),
+    "tiles, layers again": partial(save, tiles=8, checkpointing=True),
+    "layers again": partial(save, checkpointing=True),
+    "every second layer again": partial(save, checkpointing=2),
+    "all but attention again": partial(save, checkpointing="attention"),
+    "tiles, all but attention again": partial(save, tiles=8, checkpointing="attention"),
 }
-
-
-def checkpoint(llm: PreTrainedModel) -> None:
-    llm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,7 +199,7 @@ def test_tiles_are_no_longer_than_asked_and_checkpoints_compute_them_no_more_oft
     tile(llm, 8)
     with counted_calls() as in_tiles:
         run(llm)
-    checkpoint(llm)
+    enable_gradient_checkpointing(llm)
     with counted_calls() as checkpointed:
         run(llm)
     assert plainly[-1] == NUM_TOKENS
@@ -224,3 +233,43 @@ def test_a_weight_gets_its_gradient_once_however_many_tiles() -> None:
     tile(llm, 4)
     run(llm)
     assert sorted(calls) == sorted(name for name, _ in llm.named_parameters())
+
+
+@contextmanager
+def counted_scores() -> Iterator[list[int]]:
+    """How many tokens attention was computed for, call by call."""
+    seen: list[int] = []
+    kept = torch.nn.functional.scaled_dot_product_attention
+
+    def note(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append(query.shape[2])
+        return kept(query, *rest, **options)
+
+    torch.nn.functional.scaled_dot_product_attention = note
+    try:
+        yield seen
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = kept
+
+
+def test_each_choice_computes_again_what_it_says() -> None:
+    found = {}
+    for choice in (False, True, 2, 3, ATTENTION):
+        llm = make_llm("internlm2", torch.float32)
+        method = SFT(llm)
+        save(llm, choice)
+        assert choice_of(llm) == choice
+        with counted_scores() as scores, counted_calls() as blocks:
+            run(llm, method)
+        found[str(choice)] = (sum(scores) / NUM_TOKENS, sum(blocks) / NUM_TOKENS / 2)
+    assert found == {"False": (3, 3), "True": (6, 6), "2": (5, 5), "3": (4, 4), ATTENTION: (3, 6)}
+
+
+def test_a_choice_that_means_nothing_is_refused() -> None:
+    llm = make_llm("llama", torch.float32)
+    for choice in (-1, "everything", 0.5):
+        with pytest.raises(UserError, match="every n-th layer, or 'attention'"):
+            enable_gradient_checkpointing(llm, choice)  # type: ignore[arg-type]
+    llm.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="keeps the output of tuner's attention, and this model has 'eager'"):
+        enable_gradient_checkpointing(llm, ATTENTION)

@@ -27,6 +27,7 @@ from tuner.engine.strategy import NonFiniteStepError, StepResult
 from tuner.engine.world import World
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
+from tuner.model.checkpointing import ATTENTION, enable_gradient_checkpointing
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.tiles import tile
 
@@ -42,7 +43,7 @@ def checkpoint(method: SFT) -> None:
 
 def save_memory(method: SFT) -> None:
     """All at once of what changes no step."""
-    checkpoint(method)
+    enable_gradient_checkpointing(method.llm, ATTENTION)
     tile(method.llm, 8)
 
 

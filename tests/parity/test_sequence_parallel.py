@@ -19,7 +19,9 @@ from tuner.constants import IGNORE_INDEX
 from tuner.dataset.collate import Batch, collate
 from tuner.dataset.tokenize import Document
 from tuner.method.sft import SFT
+from tuner.model.checkpointing import ATTENTION, enable_gradient_checkpointing
 from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.model.tiles import tile
 from tuner.parallel.mesh import Degrees, Mesh, build_mesh
 from tuner.parallel.sequence import cut, held_tokens
 from tuner.parallel.ulysses import num_elements
@@ -184,7 +186,7 @@ def test_in_fp32_the_difference_is_rounding(degrees):
 
 
 def compare_variants(degrees: Degrees) -> dict[str, dict[str, float]]:
-    """Gradient checkpointing, loss weights, a model's own head, frozen layers, three micro-batches."""
+    """Gradient checkpointing, kept attention, loss weights, a model's own head, frozen layers, three micro-batches."""
     found = {}
     case = ("mixed", "all")
 
@@ -204,6 +206,11 @@ def compare_variants(degrees: Degrees) -> dict[str, dict[str, float]]:
     compare(
         "reentrant checkpointing",
         lambda method: method.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True}),
+        [make_batch(*case, degrees)],
+    )
+    compare(
+        "kept attention and tiles",
+        lambda method: (enable_gradient_checkpointing(method.llm, ATTENTION), tile(method.llm, 5))[1],
         [make_batch(*case, degrees)],
     )
     compare("loss weights", lambda method: None, [make_batch(*case, degrees, weighted=True)])
@@ -229,7 +236,7 @@ def setattr_(name: str, value: Any, method: SFT) -> None:
 @pytest.mark.parametrize("degrees", DEGREES, ids=IDS)
 def test_with_checkpointing_weights_own_heads_and_accumulation(degrees):
     for found in run_on_ranks(degrees.size, compare_variants, degrees):
-        assert len(found) == 6
+        assert len(found) == 7
         assert_within(found, 1e-12)
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from tuner.errors import UserError
+from tuner.model.checkpointing import ATTENTION, enable_gradient_checkpointing
 from tuner.model.flops import (
     attention_flops,
     count_matmuls,
@@ -35,7 +36,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 2])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_count_equals_what_torch_counts_in_a_real_step(family, checkpointing):
     """Torch counts both halves of the causal square, and no recomputed scores in eager attention.
@@ -45,7 +46,7 @@ def test_the_count_equals_what_torch_counts_in_a_real_step(family, checkpointing
     tokens, layers = 64, SIZES["num_hidden_layers"]
     llm = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation="eager").train()
     if checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(llm, checkpointing)
     ids = torch.randint(0, 500, (1, tokens))
     with set_checkpoint_early_stop(False), FlopCounterMode(display=False) as counter:
         F.cross_entropy(llm(ids, use_cache=False).logits[0], ids[0]).backward()
@@ -53,8 +54,16 @@ def test_the_count_equals_what_torch_counts_in_a_real_step(family, checkpointing
     half_forward = layers * 2 * WIDTH * tokens**2  # what causality leaves out
     ours = hardware_flops(matmuls, tokens, tokens**2, tokens, gradient_checkpointing=checkpointing)
     ours -= attention_flops(matmuls, tokens, tokens**2) / 2  # scores again, in flash backwards only
-    ours += half_forward * (4 if checkpointing else 3)
+    ours += half_forward * {False: 3, True: 4, 2: 3 + 2 / 3}[checkpointing]
     assert ours == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
+def test_kept_attention_is_not_counted_again():
+    matmuls = count_matmuls_of_config(CONFIGS["llama"]())
+    counts = (matmuls, 64, 64**2, 64)
+    every, kept = (hardware_flops(*counts, gradient_checkpointing=choice) for choice in (True, ATTENTION))
+    assert every - kept == attention_flops(*counts[:3])
+    assert kept - hardware_flops(*counts, gradient_checkpointing=False) == 2 * matmuls.layers * 64
 
 
 def test_model_flops_by_hand():

@@ -18,6 +18,7 @@ from tuner.engine.strategy import Skip, StepResult
 from tuner.engine.tally import Tally
 from tuner.engine.world import World
 from tuner.errors import UserError
+from tuner.model.checkpointing import choice_of
 from tuner.model.flops import Matmuls, count_matmuls, hardware_flops, model_flops
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class MetricsHook(Hook):
         step = runner.strategy.step
         self.peak = peak_rate(runner.strategy.device)
         llm = runner.model.get_submodule("llm")
-        self.matmuls, self.is_checkpointing = read_matmuls(llm), llm.is_activation_checkpointing
+        self.matmuls, self.checkpointing = read_matmuls(llm), choice_of(llm)
         self._open(work_dir, step)
         print(header(runner, self.peak), flush=True)
 
@@ -128,7 +129,7 @@ class MetricsHook(Hook):
         if self.matmuls is None:
             return None, None
         counts = (self.matmuls, result.num_tokens, result.sum_squared_lengths, result.num_loss_tokens)
-        hardware = hardware_flops(*counts, gradient_checkpointing=self.is_checkpointing)
+        hardware = hardware_flops(*counts, gradient_checkpointing=self.checkpointing)
         return model_flops(*counts) / seconds / self.peak.flops, hardware / seconds / self.peak.flops
 
 

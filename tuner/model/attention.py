@@ -19,6 +19,7 @@ from tuner.model.attention_cuda import (
     varlen_attention,
 )
 from tuner.model.attention_sdpa import Pack, sdpa_attention
+from tuner.model.kept_attention import keep
 from tuner.parallel.ulysses import Attention
 
 
@@ -79,6 +80,9 @@ def packed_attention(
         check_edges(cu_seqlens, max_seqlen, num_tokens)
     query, key, value = in_autocast_dtype(query, key, value)
     return BACKENDS[backend].attend(Pack(query, key, value, cu_seqlens, max_seqlen, scale, window))
+
+
+whole_attention = keep(packed_attention)
 
 
 def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -160,10 +164,10 @@ def document_mask(
     )
 
 
-def attention_of(backend: str, attention: Attention = packed_attention) -> Callable[..., tuple[torch.Tensor, None]]:
+def attention_of(backend: str, attention: Attention = whole_attention) -> Callable[..., tuple[torch.Tensor, None]]:
     """The function registered with transformers for one backend.
 
-    `attention` takes the forwards that bring `cu_seqlens`: `packed_attention`, or what wraps it for sequences that are
+    `attention` takes the forwards that bring `cu_seqlens`: `whole_attention`, or what wraps it for sequences that are
     cut over ranks. A forward without them, of a chat say, has its whole sequence here.
     """
 
@@ -179,7 +183,7 @@ def attention_of(backend: str, attention: Attention = packed_attention) -> Calla
         cu_seqlens, max_seqlen = kwargs.pop("cu_seqlens", None), kwargs.pop("max_seqlen", None)
         documents = attention_mask if isinstance(attention_mask, Documents) else None
         is_cut = cu_seqlens is not None
-        if not is_cut and module.training and attention is not packed_attention:
+        if not is_cut and module.training and attention is not whole_attention:
             raise UserError(
                 "Sequences are cut over ranks, but this forward in training mode brings no cu_seqlens, so it would "
                 "attend to the part of one rank. Pass cu_seqlens and max_seqlen of the whole pack."
@@ -194,7 +198,7 @@ def attention_of(backend: str, attention: Attention = packed_attention) -> Calla
             max_seqlen = int(cu_seqlens.diff().max())
         scale = kwargs.get("scaling")
         query, key, value = in_autocast_dtype(query, key, value)  # before they travel
-        attend_pack = attention if is_cut else packed_attention
+        attend_pack = attention if is_cut else whole_attention
         output = attend_pack(query, key, value, cu_seqlens, max_seqlen, scale=scale, window=window, backend=backend)
         return output.transpose(1, 2).contiguous(), None
 

@@ -10,6 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from tuner.errors import UserError
 from tuner.model.attention import BACKENDS, attention_of, document_mask, packed_attention
 from tuner.model.internlm2.rotary import InternLM2RotaryEmbedding
+from tuner.model.kept_attention import keep
 from tuner.parallel.mesh import Mesh, check_heads
 from tuner.parallel.ring import ring
 from tuner.parallel.sequence import held_tokens
@@ -36,7 +37,7 @@ def cut_attention(llm: PreTrainedModel, mesh: Mesh) -> None:
     check_heads(num_heads, getattr(config, "num_key_value_heads", None) or num_heads, mesh.degrees.ulysses)
     _cut_rotary(llm, mesh)
     _check_only_attention_mixes(llm)
-    attention = ulysses(ring(packed_attention, mesh.ring), mesh.ulysses)
+    attention = ulysses(keep(ring(packed_attention, mesh.ring)), mesh.ulysses)
     name = f"{BACKENDS[backend].name}_ulysses{mesh.degrees.ulysses}_ring{mesh.degrees.ring}"
     AttentionInterface.register(name, attention_of(backend, attention))
     AttentionMaskInterface.register(name, document_mask)

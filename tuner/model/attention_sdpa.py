@@ -42,6 +42,8 @@ def sdpa_attention(pack: Pack) -> torch.Tensor:
         attended = _attend_padded(pack, starts, [lengths[i] for i in members])
         for i, output in zip(members, attended):
             outputs[i] = output
+    if len(outputs) == 1:
+        return outputs[0]  # as the kernel made it: its backward keeps that, and a copy would be another
     # (1, T, H, D) in memory, which is what a model flattens next
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).transpose(1, 2)
 

@@ -4,7 +4,6 @@ import copy
 import os
 import socket
 import urllib.request
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from tuner.demo.files import resolve
 from tuner.errors import UserError
 from tuner.model.adapter import LoRA, attach
 from tuner.model.attention import BACKENDS, attention_name, resolve_backend
+from tuner.model.checkpointing import Choice, enable_gradient_checkpointing
 from tuner.model.directory import check_model_directory, check_weights, looks_local, nearest_directory
 from tuner.model.fingerprint import Base
 from tuner.model.hollow import BuiltWeights, Hold, StoredWeights, fill_computed_buffers, stored_names
@@ -43,7 +43,7 @@ def build_llm(
     *,
     weights: Literal["pretrained", "random"] = "pretrained",
     attention: str = "auto",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Choice = False,
     tile_tokens: int | None = None,
     seed: int = 0,
     adapter: LoRA | None = None,
@@ -56,6 +56,7 @@ def build_llm(
         weights: "pretrained" reads the safetensors; "random" draws them anew from config.json, the same for the same
             `seed` whatever was drawn before, and leaves the global random state as it was.
         attention: "auto", a key of `tuner.model.attention.BACKENDS`, or "eager", transformers' plain reference.
+        gradient_checkpointing: True, every n-th layer, or "attention", see `enable_gradient_checkpointing`.
         tile_tokens: tokens that feed-forward blocks and norms take at a time, see `tile`; None takes all at once.
         adapter: what trains in place of the weights, see `LoRA`; None trains all of them.
         hold: for a model too large for one process: gets it without weights, and the weights, and puts them in place.
@@ -84,7 +85,7 @@ def build_llm(
         elif hold is not None:
             hold(llm, tensors)
     if gradient_checkpointing:
-        enable_gradient_checkpointing(llm)
+        enable_gradient_checkpointing(llm, gradient_checkpointing)
     if tile_tokens is not None:
         tile(llm, tile_tokens)
     return llm.train()
@@ -241,16 +242,3 @@ def _weights_of(
     if stored and (weights := StoredWeights(path, is_offline=_is_offline(path))).hold(names):
         return weights
     return BuiltWeights(build, names)
-
-
-def enable_gradient_checkpointing(llm: PreTrainedModel, **options: Any) -> None:
-    """Compute activations again in backward; `options` are those of `torch.utils.checkpoint.checkpoint`.
-
-    Raises:
-        UserError: the model cannot.
-    """
-    if not llm.supports_gradient_checkpointing:
-        raise UserError(f"{type(llm).__name__} does not support gradient checkpointing. Set it to False.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its newer name is missing in transformers that we allow
-        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})

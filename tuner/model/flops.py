@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tuner.errors import UserError
+from tuner.model.checkpointing import ATTENTION, Choice, recomputed_layers
 from tuner.model.hollow import whole_shape
 
 
@@ -108,16 +109,20 @@ def hardware_flops(
     sum_squared_lengths: int,
     num_loss_tokens: int,
     *,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Choice,
 ) -> float:
     """FLOPs that are computed, the numerator of HFU: `model_flops` and what is computed again.
 
     Again: the scores, in the backward of every flash kernel (half an attention forward); with gradient checkpointing
-    the forward of all layers (torch stops it before the last product of a layer, which is counted all the same). The
-    fused head computes nothing twice.
+    the forward of the layers that it chooses (torch stops it before the last product of a layer, which is counted all
+    the same), without the scores where those are kept. The fused head computes nothing twice. Feed-forward blocks in
+    tiles are computed again also in layers that are not; that is not counted.
     """
     forward = attention_flops(matmuls, num_tokens, sum_squared_lengths)
     again = forward / 2
-    if gradient_checkpointing:
-        again += forward + 2.0 * matmuls.layers * num_tokens
+    is_again = recomputed_layers(gradient_checkpointing, len(matmuls.attention))
+    again += 2.0 * matmuls.layers * num_tokens * sum(is_again) / len(is_again)
+    if gradient_checkpointing != ATTENTION:
+        chosen = tuple(attention for attention, chosen in zip(matmuls.attention, is_again) if chosen)
+        again += attention_flops(matmuls._replace(attention=chosen), num_tokens, sum_squared_lengths)
     return model_flops(matmuls, num_tokens, sum_squared_lengths, num_loss_tokens) + again

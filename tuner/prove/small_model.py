@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tuner.engine.assemble import Assembly, plain
 from tuner.errors import UserError
 from tuner.method.sft import SFT
-from tuner.model.build import build_llm, enable_gradient_checkpointing, read_config
+from tuner.model.build import build_llm, read_config
+from tuner.model.checkpointing import enable_gradient_checkpointing
 from tuner.prove.rope import ORIGINAL, ROPE_KEYS, rope_type
 
 NUM_TOKEN_IDS = 512
@@ -161,8 +162,9 @@ def build_small(config: Any, directory: Path, *, attention: str, dtype: torch.dt
     node["llm"] = {**node["llm"], "path": str(directory), "weights": "random", "attention": attention}
     method = Assembly({}).build(node)
     spread(method.llm)
-    if dtype == torch.float64 and node["llm"].get("gradient_checkpointing", False):
-        enable_gradient_checkpointing(method.llm, context_fn=lambda: (Float64(), Float64()))  # for both passes
+    if dtype == torch.float64 and (choice := node["llm"].get("gradient_checkpointing", False)):
+        checkpointing = enable_gradient_checkpointing(method.llm, choice)
+        checkpointing.contexts = lambda: (Float64(), Float64())  # for both passes
     return method.to(dtype)
 
 

@@ -20,7 +20,7 @@ from tuner.model.tokenizer import build_tokenizer
 model_path = "internlm/internlm2-7b"  # directory, or name on the Hugging Face hub
 weights = "pretrained"  # "pretrained", or "random" to begin from scratch with the model's config.json
 attention = "auto"  # "auto" takes the fastest that runs here; or "flash", "varlen", "sdpa", "eager"
-gradient_checkpointing = True  # compute activations again in the backward pass: less memory, about 1/3 more time
+gradient_checkpointing: bool | int | str = True  # compute again in backward: all; every n-th layer; all but "attention"
 tile_tokens: int | None = 8192  # tokens that feed-forward blocks take at a time, for less memory; None: all
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
 
