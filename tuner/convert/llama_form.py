@@ -178,7 +178,10 @@ def internlm2_settings(config: LlamaConfig, settings: Mapping[str, Any]) -> dict
         for broken, text in [
             (config.mlp_bias, "mlp_bias (InternLM2's feed-forward layers have no bias)"),
             (config.head_dim * config.num_attention_heads != config.hidden_size, f"head_dim={config.head_dim}"),
-            (kind not in ("default", *ROPE_SCALING_TYPES), f"rope type {kind!r} (InternLM2's: {', '.join(ROPE_SCALING_TYPES)}, none)"),
+            (
+                kind not in ("default", *ROPE_SCALING_TYPES),
+                f"rope type {kind!r} (InternLM2's: {', '.join(ROPE_SCALING_TYPES)}, none)",
+            ),
             (rope.get("partial_rotary_factor", 1) != 1, "partial_rotary_factor"),
         ]
         if broken
