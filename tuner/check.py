@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tuner.configs.adapter_rules import wrong_adapters
 from tuner.configs.options import NAMED, parameters
 from tuner.configs.strategy_rules import complaints, wrong_cut, wrong_deepspeed, wrong_fsdp, wrong_sharing
 from tuner.dataset.build import StreamedDataset, build_dataloader, build_shards, build_stream
@@ -25,9 +26,10 @@ from tuner.dataset.streaming import refuse_weights
 from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.demo.files import PREFIX
 from tuner.engine.bad_steps import ON_NONFINITE
+from tuner.engine.optimizer import KINDS
 from tuner.engine.precision import PRECISIONS
 from tuner.errors import UserError
-from tuner.model.adapter import LoRA
+from tuner.model.adapter import QUANTISED, VARIANTS, LoRA
 from tuner.model.attention import BACKENDS
 from tuner.model.build import WEIGHTS, build_llm
 from tuner.model.checkpointing import is_choice
@@ -86,6 +88,11 @@ def is_betas(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value)
 
 
+def is_names(value: object) -> bool:
+    """One or more words."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(name, str) and name for name in value)
+
+
 SHARE = number(0, 1, words="a share from 0 to 1")
 POSITIVE = number(0, words="a number above 0", include_low=False)
 NOT_NEGATIVE = number(0, words="a number from 0")
@@ -120,19 +127,30 @@ RULES: dict[str, Rule] = {
     "rollback_steps": count(1),
     "spike_factor": Rule(lambda value: value is None or (is_number(value) and value > 1), "a number above 1 or None"),
     "rank_timeout": number(1, words="a number of seconds from 1"),
+    "lora_rank": count(1),
+    "lora_alpha": POSITIVE,
+    "lora_dropout": Rule(lambda value: is_number(value) and 0 <= value < 1, "a share from 0 to below 1"),
+    "lora_targets": Rule(lambda value: value == "auto" or is_names(value), "'auto' or a list of names of layers"),
+    "modules_to_save": Rule(lambda value: value == [] or is_names(value), "a list of names of modules"),
+    "lora_plus_ratio": Rule(lambda value: value is None or (is_number(value) and value > 0), "above 0, or None"),
+    "quantise": Rule(lambda value: value in (None, *QUANTISED), f"one of {', '.join(QUANTISED)}, or None"),
 }
 CHOICES: dict[str, Collection[str]] = {
     "precision": PRECISIONS,
     "attention": ("auto", "eager", *BACKENDS),
     "weights": WEIGHTS,
     "on_nonfinite": ON_NONFINITE,
+    "lora_variant": VARIANTS,
+    "optimizer": KINDS,
     "too_long": TOO_LONG,
     "on_bad_row": ON_BAD_ROW,
     "chat_template": TEMPLATE_NAMES,
     "loss_on": LOSS_ON,
     "parallel_tool_calls": PARALLEL_TOOL_CALLS,
 }
-OTHER_NAMES = {"max_norm": "max_grad_norm"}  # of a setting, where it arrives in the assembly
+# names of settings where they arrive in the assembly
+OTHER_NAMES = {"max_norm": "max_grad_norm", "rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout",
+               "targets": "lora_targets", "variant": "lora_variant", "kind": "optimizer"}  # fmt: skip
 
 
 def check(config: Mapping[str, Any], only: Names = None) -> None:
@@ -158,7 +176,9 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     problems += wrong_deepspeed(known)
     strategy = known.get("strategy", {})
     problems += wrong_fsdp(strategy)
-    problems += wrong_cut(strategy, [node.values.get("quantise") for node in nodes if node.type is LoRA])
+    adapters = [node.values for node in nodes if node.type is LoRA]
+    problems += wrong_cut(strategy, [adapter.get("quantise") for adapter in adapters])
+    problems += wrong_adapters(adapters, known)
     problems += wrong_sharing(strategy, [node.values.get("path") for node in nodes if node.type is build_llm])
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))

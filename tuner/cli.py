@@ -27,8 +27,7 @@ from tuner.failures import EXIT_INTERRUPTED, exit_code, tell
 
 LIST_FOOTER = """
 CONTEXT is the tokens of a pack. STATE is the memory of weights, gradients and Adam; activations come on top.
-`tuner train PRESET --nproc N` trains on N processes, each with the whole STATE; --deepspeed zero3 divides it by N.
-What an adapter (sft_lora, sft_qlora) needs has not been measured: "-"."""
+`tuner train PRESET --nproc N` trains on N processes, each with the whole STATE; --deepspeed zero3 divides it by N."""
 SHELLS = ("bash", "zsh", "fish")
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuner.configs import literals
-from tuner.configs.models import MODELS, WHOLE, Model
+from tuner.configs.models import MODELS, Model
 from tuner.configs.options import find
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean, did_you_mean_or_all
 
 RECIPE_DIR = Path(__file__).parent / "configs" / "recipes"
-NOT_TOLD = "-"
 RECIPES = {path.stem: path for path in sorted(RECIPE_DIR.glob("*.py"))}
 NAMES_OF_CONFIGS = {"model", "strategy", "tokenizer", "train_dataloader"}
 OPTIONS_HEADING = "# from --cfg-options"
@@ -64,20 +63,18 @@ def list_presets(pattern: str = "") -> list[Description]:
 
 def describe(preset: Preset) -> Description:
     """One line about a preset, from the recipe's docstring, the model's row and the filled-in settings."""
-    summary, max_length = recipe_facts(preset.recipe)
-    model = preset.model
-    context = str(preset.settings.get("max_length", max_length))
-    trains_all = preset.recipe in WHOLE
-    hardware, state = (model.hardware, f"{model.gigabytes:.1f} GB") if trains_all else (NOT_TOLD, NOT_TOLD)
-    return Description(preset.name, summary, model.about, context, hardware, state)
+    summary, defaults = recipe_facts(preset.recipe)
+    model, settings = preset.model, {**defaults, **preset.settings}
+    context, state = str(settings["max_length"]), f"{model.gigabytes(settings):.1f} GB"
+    return Description(preset.name, summary, model.about, context, model.meant_for(settings), state)
 
 
 @cache
-def recipe_facts(recipe: str) -> tuple[str, object]:
-    """First words of a recipe's docstring, and its own `max_length`."""
+def recipe_facts(recipe: str) -> tuple[str, dict[str, object]]:
+    """First words of a recipe's docstring, and its own settings."""
     source = RECIPES[recipe].read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(source)) or ""
-    return docstring.partition(":")[0], literals.settings(source)["max_length"].value
+    return docstring.partition(":")[0], {name: setting.value for name, setting in literals.settings(source).items()}
 
 
 def read_source(name_or_path: str | Path) -> str:

@@ -184,7 +184,7 @@ def test_words_after_the_flags_are_bound_as_written():
         ([PRESET, "lr=1", "lr=2"], "lr is given twice"),
         ([PRESET, "seed=1", "--seed", "2"], "seed is given twice"),
         ([PRESET, "--cfg-options"], "requires an argument"),
-        ([PRESET, "--cfg-options", "optim_wraper.x=1"], "Did you mean optim_wrapper?"),
+        ([PRESET, "--cfg-options", "optim_wraper.x=1"], "Did you mean optim_wrapper or optimizer?"),
         ([PRESET, "--launcher", "slurm"], "--launcher slurm needs --nproc"),
         ([PRESET, "--nproc", "0"], "--nproc 0: give 1 or more"),
         ([PRESET, "--nproc", "2", "--nnodes", "2"], "needs --node-rank, --master too"),

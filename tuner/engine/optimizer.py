@@ -43,10 +43,18 @@ def build_optimizer(model: nn.Module, optim_wrapper: Mapping[str, Any]) -> torch
     return optimizer
 
 
-def adamw(params: Iterable[Any], *, kind: str = "adamw", **arguments: Any) -> torch.optim.Optimizer:
+def adamw(
+    params: Iterable[Any],
+    *,
+    kind: str = "adamw",
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> torch.optim.Optimizer:
     """AdamW by name: torch's ("adamw"), or bitsandbytes' whose moments are 8 bits in blocks ("adamw8bit")."""
-    optimizer_type, arguments = named_type({"type": adamw, "kind": kind, **arguments})
-    return optimizer_type(params, **arguments)
+    optimizer_type, _ = named_type({"type": adamw, "kind": kind})
+    return optimizer_type(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def named_type(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

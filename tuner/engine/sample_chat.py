@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mmengine.hooks import Hook
 
 from tuner.dataset.chat_template import ChatTemplate, Segment, render
 from tuner.dataset.jinja_template import resolve_template
 from tuner.dataset.tokenize import Encoder
+from tuner.engine.frame import Hook
+from tuner.engine.metrics import keep_lines
 from tuner.engine.randomness import random_state_kept
 from tuner.engine.strategy import StepResult
 from tuner.errors import UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tuner.engine.runner import Runner
 
 Prompt = str | Sequence[dict[str, Any]] | Mapping[str, str]
+SAMPLES = "samples.jsonl"
 
 
 class SampleChatHook(Hook):
@@ -36,7 +38,8 @@ class SampleChatHook(Hook):
         self.max_new_tokens = max_new_tokens
 
     def before_train(self, runner: "Runner") -> None:
-        """Encode the prompts once."""
+        """Encode the prompts once, and cut off what a lost stretch of an earlier run left beyond the resumed step."""
+        self.after_rollback(runner)
         if not self.interval or not self.prompts:
             return
         if runner.record.chat_template is None:
@@ -47,6 +50,11 @@ class SampleChatHook(Hook):
         rendered = [prompt_segments(prompt, template) for prompt in self.prompts]
         self.inputs = [document.ids.astype("int64").tolist() for document in encoder.encode(rendered)]
         self.stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in template.stop_tokens]
+
+    def after_rollback(self, runner: "Runner") -> None:
+        """Forget the samples since the checkpoint: they come again."""
+        if runner.strategy.world.is_first:
+            keep_lines(Path(runner.work_dir) / SAMPLES, runner.strategy.step)
 
     def after_train_iter(
         self, runner: "Runner", batch_idx: int, data_batch: Sequence[Any], outputs: StepResult
@@ -61,7 +69,7 @@ class SampleChatHook(Hook):
                 continue
             print(f"  sample at step {step} | {shown(prompt)}\n    > {reply}", flush=True)
             row = json.dumps({"step": step, "prompt": prompt, "reply": reply}, ensure_ascii=False)
-            with (Path(runner.work_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
+            with (Path(runner.work_dir) / SAMPLES).open("a", encoding="utf-8") as file:
                 file.write(row + "\n")
 
     def _reply(self, runner: "Runner", ids: list[int]) -> str:

@@ -12,6 +12,7 @@ from tuner.errors import UserError
 from tuner.method.loss import divisor, linear_cross_entropy
 from tuner.model.attention import check_edges
 from tuner.model.attention_cut import check_whole, cut_attention, rope_by_longest
+from tuner.model.head import factors, product_of
 from tuner.parallel.mesh import Mesh
 
 PROBE_LENGTHS = (3, 4)  # documents of the check that SFT runs once
@@ -97,7 +98,7 @@ class SFT(torch.nn.Module):
         if not self.head_is_product:
             return {"loss": own_head_loss(self.llm, batch, labels[0], num_loss_tokens, weights)}
         hidden = self.llm.get_decoder()(**batch).last_hidden_state[0]  # (T, H)
-        head = self.llm.get_output_embeddings().weight
+        hidden, head = factors(self.llm, hidden)
         weights = None if weights is None else weights.to(hidden.device)
         return {"loss": linear_cross_entropy(hidden, head, labels[0].to(hidden.device), num_loss_tokens, weights)}
 
@@ -160,7 +161,7 @@ def is_head_product(llm: PreTrainedModel) -> bool:
     random model are too small for that.
     """
     head = llm.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None:
+    if product_of(llm) is None:
         return False
     seen: list[torch.Tensor] = []
 

@@ -13,7 +13,8 @@ from tuner.model.hollow import whole_shape
 class Matmuls(NamedTuple):
     """The matrix products of a causal LM, read from its weights.
 
-    Embedding look-ups, norms and activations multiply no matrices and are not counted.
+    Embedding look-ups, norms and activations multiply no matrices and are not counted. An adapter's A and B are trained
+    products as any other; the row lengths that DoRA computes of its weights, once a forward, are not counted.
     """
 
     layers: int  # weights that each token is multiplied with, the head not counted
@@ -29,13 +30,13 @@ def count_matmuls(llm: PreTrainedModel) -> Matmuls:
     Raises:
         UserError: layers whose cost is not known (linear attention, convolutions).
     """
-    head_weight = llm.get_output_embeddings().weight
+    of_head = {id(parameter): parameter for parameter in llm.get_output_embeddings().parameters()}  # with an adapter's
     embeddings = {id(module.weight) for module in llm.modules() if isinstance(module, torch.nn.Embedding)}
     settings = llm.config.get_text_config().to_dict()
     layers = trained_layers = 0
     for name, parameter in llm.named_parameters():
         shape = whole_shape(parameter)
-        if len(shape) < 2 or id(parameter) in embeddings or parameter is head_weight:
+        if len(shape) < 2 or id(parameter) in embeddings or id(parameter) in of_head:
             continue
         used = shape.numel()
         if len(shape) == 3 and "num_experts_per_tok" in settings:
@@ -44,8 +45,10 @@ def count_matmuls(llm: PreTrainedModel) -> Matmuls:
             raise UserError(f"The cost of {name}, of shape {tuple(shape)}, is not known; no MFU for this model.")
         layers += used
         trained_layers += used * parameter.requires_grad
-    head = whole_shape(head_weight).numel()
-    return Matmuls(layers, trained_layers, head, head * head_weight.requires_grad, attention_layers(settings))
+    matrices = [weight for weight in of_head.values() if len(whole_shape(weight)) == 2]
+    head = sum(whole_shape(weight).numel() for weight in matrices)
+    trained_head = sum(whole_shape(weight).numel() for weight in matrices if weight.requires_grad)
+    return Matmuls(layers, trained_layers, head, trained_head, attention_layers(settings))
 
 
 def attention_layers(settings: dict[str, Any]) -> tuple[tuple[int, int | None], ...]:

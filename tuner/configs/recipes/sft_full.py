@@ -4,12 +4,11 @@ The settings come first; the assembly below uses each of them, so what is derive
 `tuner train THIS_FILE lr=1e-5` replaces a setting for one run.
 """
 
-from torch.optim import AdamW
-
 from tuner.dataset.build import PackedDataset, StreamedDataset, build_dataloader, build_shards, build_stream
 from tuner.dataset.rendering import Rendering
 from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
 from tuner.engine.loop import TrainLoop
+from tuner.engine.optimizer import adamw
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.strategies import build_strategy
 from tuner.method.sft import SFT
@@ -51,6 +50,7 @@ num_epochs = 3  # passes over the data
 max_steps: int | None = None  # optimizer steps to stop after; None is all of the epochs
 num_accumulation_steps = 8  # packs in an optimizer step
 lr = 2e-5  # peak learning rate
+optimizer = "adamw"  # or "adamw8bit": bitsandbytes' moments of 8 bits; with neither deepspeed nor fsdp
 min_lr_ratio = 0.1  # share of the peak that the cosine ends at
 warmup_ratio = 0.03  # share of the steps in which the learning rate climbs
 betas = (0.9, 0.95)  # Adam's two decays
@@ -121,7 +121,7 @@ model = dict(
 )
 
 optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
+    optimizer=dict(type=adamw, kind=optimizer, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_grad_norm),
 )
 
