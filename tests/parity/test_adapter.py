@@ -164,16 +164,53 @@ def by_definition(model: Any) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **gradients}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK = [("internlm2", "lora"), ("internlm2", "dora"), ("llama", "rslora"), ("llama", "head"), ("llama", "saved")]
+OTHERS = [("internlm2", "rslora"), *(("llama", name) for name in VARIANTS if ("llama", name) not in QUICK)]
+
+
+@pytest.mark.parametrize(
+    ("model", "variant"), [*QUICK, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
+)
 @pytest.mark.filterwarnings("ignore:.*does more to its logits")
-def test_gradients_are_those_of_peft_s_own_model_for_each_document_alone(models: Path, variant: str):
+def test_gradients_are_those_of_peft_s_own_model_for_each_document_alone(models: Path, model: str, variant: str):
     lora = VARIANTS[variant]
-    method = make_method(models / "llama", lora, again=True)
+    method = make_method(models / model, lora, again=True)
     assert method.head_is_product == (variant != "head by its own way")
-    expected = by_definition(peft_model(models / "llama", lora, dict(kept_parameters(method.llm))))
+    expected = by_definition(peft_model(models / model, lora, dict(kept_parameters(method.llm))))
     strategy = Replicated(precision="fp32", device="cpu")
     got = gradients_of_a_step(strategy, method, num_packs=3, num_accumulation_steps=3)
     assert apart({"loss": got.pop("loss"), **export_adapter(got)}, expected) < 1e-12
+
+
+def dequantised_base(source: Path, place: Path) -> Path:
+    """The same model with the numbers that NF4 makes of its linear layers, the head's apart, by bitsandbytes alone."""
+    llm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, module in llm.named_modules():
+        if isinstance(module, nn.Linear) and name != "output":
+            module.weight.data = bitsandbytes.functional.dequantize_4bit(
+                *bitsandbytes.functional.quantize_4bit(
+                    module.weight.data, quant_type="nf4", blocksize=64, compress_statistics=True
+                )
+            )
+    llm.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+def test_gradients_on_four_bits_are_those_of_the_dequantised_base(models: Path, variant: str, tmp_path: Path):
+    lora = replace(PLAIN, variant=variant)
+    got, expected, before = (
+        gradients_of_a_step(
+            Replicated(precision="fp32", device="cpu"), make_method(directory, one, torch.float32), 3, 3
+        )
+        for directory, one in (
+            (models / "internlm2", replace(lora, quantise="nf4")),
+            (dequantised_base(models / "internlm2", tmp_path / "base"), lora),
+            (models / "internlm2", lora),
+        )
+    )
+    assert apart(got, expected) < 2e-5
+    assert apart(before, expected) > 1e-2  # of weights that never were in 4 bits
 
 
 class Case(NamedTuple):
@@ -282,10 +319,20 @@ def bound_of(case: str) -> float:
     return 1e-12 if case.startswith(("ddp", "full")) and "qlora" not in case else 2e-5
 
 
-def test_two_ranks_make_the_step_of_one_by_every_strategy(models: Path):
-    for found in run_on_ranks(2, compare, models, TWO_RANKS, timeout=600):
-        assert len(found) == len(TWO_RANKS)
+def check_two_ranks(models: Path, cases: Sequence[Case]) -> None:
+    for found in run_on_ranks(2, compare, models, cases, timeout=600):
+        assert len(found) == len(cases)
         assert {case: value for case, value in found.items() if not value < bound_of(case)} == {}
+
+
+def test_two_ranks_make_the_step_of_one(models: Path):
+    cases = [Case("ddp", "qlora", sequence_parallel=2), Case("full", "dora"), Case("zero2"), Case("zero3", "head")]
+    check_two_ranks(models, cases)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_step_of_one_by_every_strategy(models: Path):
+    check_two_ranks(models, TWO_RANKS)
 
 
 def plain_logits(directory: Path, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
@@ -297,7 +344,9 @@ def plain_logits(directory: Path, weights: dict[str, Tensor], ids: Tensor) -> Te
         return exact(llm.double())(ids).logits
 
 
-@pytest.mark.parametrize("adapter", ["lora", "rslora", "dora", "qlora", "qdora"])
+@pytest.mark.parametrize(
+    "adapter", ["qdora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "rslora", "dora", "qlora"))]
+)
 def test_the_adapter_computes_what_merged_weights_do_also_on_four_bits_as_bitsandbytes_has_them(models, adapter):
     lora, ids = ADAPTERS[adapter], torch.arange(40)[None] % 60
     method = make_method(models / "internlm2", lora)
