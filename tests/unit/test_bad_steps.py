@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stub_training import make_runner, tiny_llm
+from test_engine_resume import chat_hook
 
 from tuner.engine import bad_steps
 from tuner.engine.bad_steps import BadSteps
@@ -124,6 +125,13 @@ def test_a_rollback_repeats_the_steps_but_the_bad_one_and_a_resume_does_so_too(t
 class StopAfterRollback(Hook):
     def after_rollback(self, runner: Runner) -> None:
         (Path(runner.work_dir) / "stop").touch()
+
+
+def test_a_rollback_samples_each_step_once(tmp_path, monkeypatch):
+    hooks = [CheckpointHook(interval=2), chat_hook(monkeypatch)]
+    poisoned(tmp_path, {3: NAN}, loop={"on_nonfinite": "rollback"}, hooks=hooks).train()
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").open()]
+    assert [row["step"] for row in samples] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_a_rollback_left_out_stays_left_out_after_a_resume(tmp_path):

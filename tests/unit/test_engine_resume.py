@@ -61,7 +61,7 @@ def chat_hook(monkeypatch) -> SampleChatHook:
     def encode(runner):
         hook.inputs, hook.stop_ids = [[5, 6]], [2]
 
-    monkeypatch.setattr(hook, "before_train", encode)
+    monkeypatch.setattr(hook, "_encode", encode)
     return hook
 
 
@@ -235,6 +235,14 @@ def test_sampled_chat_changes_no_bit_of_training(tmp_path, monkeypatch):
         files = [checkpoint_path(tmp_path / run, 6) / name for run in ("silent", "chatty")]
         assert files[0].read_bytes() == files[1].read_bytes()
     samples = [json.loads(line) for line in (tmp_path / "chatty" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_samples_each_step_once(tmp_path, monkeypatch):
+    hooks = [CheckpointHook(interval=2, keep=None), chat_hook(monkeypatch)]
+    make_runner(tmp_path, hooks=hooks).train()
+    make_runner(tmp_path, hooks=[chat_hook(monkeypatch)], checkpoint=checkpoint_path(tmp_path, 4)).train()
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [1, 2, 3, 4, 5, 6]
 
 

@@ -227,7 +227,7 @@ def duration(seconds: float) -> str:
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to `step`: those after it are computed again, a torn one is a kill's."""
+    """Keep the lines of a JSONL file up to `step`: those after it are computed again, a torn one is a kill's."""
     if path.exists():
         kept = [text for text in path.read_text(encoding="utf-8").splitlines() if is_up_to(text, step)]
         write_text_atomically(path, "".join(f"{text}\n" for text in kept))

@@ -40,8 +40,10 @@ class SampleChatHook(Hook):
     def before_train(self, runner: "Runner") -> None:
         """Encode the prompts once, and cut off what a lost stretch of an earlier run left beyond the resumed step."""
         self.after_rollback(runner)
-        if not self.interval or not self.prompts:
-            return
+        if self.interval and self.prompts:
+            self._encode(runner)
+
+    def _encode(self, runner: "Runner") -> None:
         if runner.record.chat_template is None:
             raise UserError("sample_prompts need a chat_template; this config has none. Set sample_interval=0.")
         tokenizer = runner.record.tokenizer
