@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_tokenizer import write_directory
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tuner.chat.loading import find_source, load_llm, load_template, load_tokenizer, with_adapter
 from tuner.errors import UserError
+from tuner.model.fingerprint import Base
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
 
@@ -118,3 +120,35 @@ def test_an_adapter_that_does_not_fit_is_refused(base, adapter, tmp_path):
     (own / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-9])
     with pytest.raises(UserError, match="does not fit this model"):
         load_llm(find_source(str(base), own))
+
+
+def test_the_base_must_be_that_of_training_by_its_values(base, adapter, tmp_path):
+    own, other = Path(shutil.copytree(adapter, tmp_path / "own")), Path(shutil.copytree(base, tmp_path / "other"))
+    note = {**Base(str(base)).note(), "quantise": None, "compute_dtype": "float32"}
+    (own / "base.json").write_text(json.dumps(note))
+    expected = logits(load_llm(find_source(str(base), adapter)))
+    assert torch.equal(logits(load_llm(find_source(str(base), own))), expected)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"own is an adapter for another base than .*other"):
+        load_llm(find_source(str(other), own))
+    (own / "base.json").write_text("{}")
+    with pytest.raises(UserError, match=r"base\.json cannot be read"):
+        load_llm(find_source(str(base), own))
+
+
+def test_a_base_of_4_bits_has_their_values(base, adapter, tmp_path, capsys):
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    note = {**Base(str(base)).note(), "quantise": "nf4", "compute_dtype": "bfloat16"}
+    (own / "base.json").write_text(json.dumps(note))
+    found = load_llm(find_source(str(base), own))
+    assert "4 weights of the base have the values of nf4" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, dtype=torch.float32).eval()
+    for name, parameter in plain.named_parameters():
+        if name.endswith(("wqkv.weight", "w2.weight")):
+            packed, state = quantize_4bit(parameter.data, quant_type="nf4", compress_statistics=True, blocksize=64)
+            parameter.data = dequantize_4bit(packed, state)
+    torch.testing.assert_close(
+        logits(found), logits(PeftModel.from_pretrained(plain, adapter).eval()), rtol=0, atol=1e-5
+    )

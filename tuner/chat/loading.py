@@ -18,8 +18,11 @@ from tuner.engine.checkpoint import MANIFEST, checkpoints_directory, find_checkp
 from tuner.engine.tensor_files import WEIGHTS, TensorFiles
 from tuner.errors import UserError
 from tuner.model.adapter_directory import check_adapter_weights, is_adapter, read_adapter_config
+from tuner.model.adapter_weights import dequantised, quantised
+from tuner.model.base_note import check_base, read_base_note
 from tuner.model.build import build_llm
 from tuner.model.hollow import Hold
+from tuner.model.peft_package import load_peft
 from tuner.model.tokenizer import build_tokenizer
 
 TEMPLATE_NOTE = "template.json"
@@ -84,15 +87,53 @@ def load_llm(source: Source) -> PreTrainedModel:
     """The model of a source, in evaluation mode, on a GPU in bf16 where there is one, else on the CPU in fp32."""
     if source.checkpoint is not None and source.adapter is None:
         llm = build_llm(source.base, weights="random", hold=fill(source.checkpoint))  # none is drawn: all are read
-    else:
+    elif source.adapter is None:
         llm = build_llm(source.base)
-    if source.adapter is not None:
-        llm = add_adapter(llm, source.adapter, source.checkpoint)
+    else:
+        llm = load_with_adapter(source, source.adapter)
     if torch.cuda.is_available():
         for parameter in llm.parameters():  # buffers keep their dtype: rotary frequencies are fp32 in every model
             parameter.data = parameter.data.to("cuda", torch.bfloat16)
         llm = llm.to("cuda")
     return llm.eval()
+
+
+def load_with_adapter(source: Source, adapter: Path) -> PreTrainedModel:
+    """Base and adapter; the base must be that of training, and has the values of 4 bits where it had them then."""
+    trained = trained_base(source, adapter)
+    if trained and trained["weights"] == "random":
+        llm = build_llm(source.base, weights="random", seed=trained["seed"])
+    else:
+        llm = build_llm(source.base)
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    check_base(adapter, llm.name_or_path, trained, named)
+    llm = add_adapter(llm, adapter, source.checkpoint)
+    if trained.get("quantise"):
+        num = requantise(llm)
+        print(
+            f"{num} weights of the base have the values of {trained['quantise']}, as in training; they are held whole"
+        )
+    return llm
+
+
+def trained_base(source: Source, adapter: Path) -> dict[str, Any]:
+    """What is known of the base that an adapter was trained on; nothing beside one that peft has written."""
+    if source.checkpoint is None:
+        return read_base_note(adapter, "quantise")
+    note = read_base_note(adapter)
+    state = source.checkpoint / "state.json"
+    if not note or not state.is_file():
+        return note
+    return {**note, "quantise": json.loads(state.read_text(encoding="utf-8"))["adapter"]["quantise"]}
+
+
+def requantise(llm: PreTrainedModel) -> int:
+    """Let the weights under LoRA layers have the values of their NF4 form; how many there are."""
+    layers = [module for module in llm.modules() if isinstance(module, load_peft().tuners.lora.LoraLayer)]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        weight.data = dequantised(quantised(weight.data.float())).to(weight.dtype)
+    return len(layers)
 
 
 def fill(checkpoint: Path) -> Hold:
@@ -140,20 +181,18 @@ class Added(NamedTuple):
 
 def add_saved(llm: PreTrainedModel, directory: Path) -> Added:
     """From a directory that peft or `tuner convert` wrote."""
-    from peft import PeftModel, get_peft_model_state_dict  # seconds to import, for a chat without one
-
+    peft = load_peft()
     with safe_open(check_adapter_weights(directory), framework="pt") as opened:
         given = set(opened.keys())
-    model = PeftModel.from_pretrained(llm, str(directory), is_trainable=False)
-    return Added(model, given, set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+    model = peft.PeftModel.from_pretrained(llm, str(directory), is_trainable=False)
+    return Added(model, given, set(peft.get_peft_model_state_dict(model, save_embedding_layers=False)))
 
 
 def add_trained(llm: PreTrainedModel, directory: Path, checkpoint: Path) -> Added:
     """From a checkpoint, whose tensors have the names of the model that was trained, adapter in place."""
-    from peft import PeftConfig, PeftModel
-
+    peft = load_peft()
     base = {WRAPPED + name for name, _ in llm.named_parameters()}
-    model = PeftModel(llm, PeftConfig.from_pretrained(str(directory)))
+    model = peft.PeftModel(llm, peft.PeftConfig.from_pretrained(str(directory)))
     tensors = {WRAPPED + name: tensor for name, tensor in TensorFiles(checkpoint, WEIGHTS).items()}
     model.load_state_dict(tensors, strict=False)
     names = [name for name, _ in model.named_parameters()]

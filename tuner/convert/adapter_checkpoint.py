@@ -19,6 +19,7 @@ from tuner.engine.tensor_files import WEIGHTS, TensorFiles
 from tuner.model.adapter import BASE_NOTE, LoRA, export_name
 from tuner.model.build import build_llm
 from tuner.model.directory import ADAPTER
+from tuner.model.peft_package import load_peft
 
 COMPUTE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TOLERANCE = 1e-4  # of logits in float32: peft adds W x and B A x in another order
@@ -95,10 +96,10 @@ def load_trained_adapter(checkpoint: Path, dtype: torch.dtype) -> PreTrainedMode
 
 def load_with_peft(checkpoint: Path, draft: Path) -> PreTrainedModel:
     """The base as transformers has it, and what was written as peft loads it; float32."""
-    from peft import PeftModel
+    peft = load_peft()
 
     llm = load_base(checkpoint)
     if read_state(checkpoint)["adapter"]["quantise"]:
         for name in read_adapter(draft).changes:
             requantise_module(llm, name)
-    return PeftModel.from_pretrained(llm, draft)
+    return peft.PeftModel.from_pretrained(llm, draft)

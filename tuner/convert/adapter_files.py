@@ -1,6 +1,5 @@
 """A LoRA adapter's directory: for each tensor of the base, its change of low rank or what comes in its place."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,9 +11,8 @@ import torch
 
 from tuner.convert.tensors import StoredTensor, stored_tensors
 from tuner.errors import UserError
-from tuner.model.adapter import BASE_NOTE
 from tuner.model.adapter_directory import check_adapter_weights, read_adapter_config
-from tuner.model.directory import inside
+from tuner.model.base_note import read_base_note
 
 PREFIX = "base_model.model."
 MARKS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
@@ -98,7 +96,7 @@ def read_adapter(directory: Path) -> Adapter:
             "Convert it to a plain LoRA with peft (path_initial_model_for_weight_conversion) first."
         )
     parts: dict[str, dict[str, StoredTensor]] = {}
-    adapter = Adapter(directory, config, read_note(directory))
+    adapter = Adapter(directory, config, read_base_note(directory, "quantise", "compute_dtype"))
     for key, tensor in stored_tensors(check_adapter_weights(directory)).items():
         name = key.removeprefix(PREFIX)
         mark = next((mark for mark in MARKS if name.endswith(f".{mark}")), None)
@@ -111,18 +109,6 @@ def read_adapter(directory: Path) -> Adapter:
     for module, tensors in parts.items():
         add_change(adapter, module, tensors)
     return adapter
-
-
-def read_note(directory: Path) -> dict[str, Any]:
-    """base.json; empty beside an adapter that peft itself has written."""
-    path = inside(directory, BASE_NOTE)
-    if not path.is_file():
-        return {}
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        return {key: note[key] for key in ("weights", "fingerprint", "quantise", "compute_dtype")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}). Copy the adapter again.") from error
 
 
 def add_change(adapter: Adapter, module: str, tensors: Mapping[str, StoredTensor]) -> None:

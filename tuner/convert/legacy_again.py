@@ -14,6 +14,7 @@ from tuner.convert.old_adapter import MAX_TEXT, adapter_pieces, is_adapter
 from tuner.convert.pickled import PickledTensor
 from tuner.convert.reload import Origin, model_of
 from tuner.model.directory import check_weights
+from tuner.model.peft_package import load_peft
 
 MAX_LENGTH = re.compile(r"\bmax_length\s*=\s*(\d{1,9})\b")
 PEFT = "base_model.model."
@@ -84,9 +85,7 @@ def load_changed(source: Path, base: Path | None, alpha: float, dtype: torch.dty
 
 def load_with_peft(base: Path | None, draft: Path) -> PreTrainedModel:
     """The base with what was written, as peft loads it; float32."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(load_base(base, torch.float32), draft)
+    return load_peft().PeftModel.from_pretrained(load_base(base, torch.float32), draft)
 
 
 def load_base(base: Path | None, dtype: torch.dtype) -> PreTrainedModel:

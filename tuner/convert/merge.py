@@ -24,8 +24,9 @@ from tuner.convert.sharding import DEFAULT_SHARD_SIZE, write_shards
 from tuner.convert.tensors import Piece, Rows, StoredTensor, cast, total_bytes
 from tuner.convert.to_hf import DTYPES, DtypeName, dtype_of
 from tuner.errors import UserError
+from tuner.model.base_note import check_base
 from tuner.model.directory import inside
-from tuner.model.fingerprint import fingerprint_of
+from tuner.model.peft_package import load_peft
 
 TIED = ("tok_embeddings.weight", "embed_tokens.weight", "wte.weight", "output.weight", "lm_head.weight")
 OWN = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json",
@@ -122,11 +123,8 @@ def base_tensors(base: Path, change: Adapter) -> dict[str, Rows]:
 
 def check_fingerprint(base: Path, change: Adapter) -> None:
     """Refuse a base whose tensors are not those that the adapter was trained on, where that is known."""
-    if change.base.get("weights") == "pretrained" and fingerprint_of(str(base)) != change.base["fingerprint"]:
-        raise UserError(
-            f"{change.directory} is an adapter for another base than {base}: names and shapes fit, the values of its "
-            f"tensors are not those of training. It was trained on {change.config['base_model_name_or_path']}."
-        )
+    if change.base.get("weights") == "pretrained":
+        check_base(change.directory, str(base), change.base, change.config["base_model_name_or_path"])
 
 
 def piece_of(tensor: Rows, change: Adapter, dtype: torch.dtype | None) -> Piece:
@@ -219,11 +217,11 @@ def expected_sum(weight: torch.Tensor, change: LowRank) -> torch.Tensor:
 
 def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Base and adapter as peft runs them, not merged."""
-    from peft import PeftModel
+    peft = load_peft()
 
     llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     change = read_adapter(adapter)
     if change.base.get("quantise"):
         for name in change.changes:
             requantise_module(llm, name, DTYPES[change.base["compute_dtype"]])
-    return PeftModel.from_pretrained(llm, adapter).eval()
+    return peft.PeftModel.from_pretrained(llm, adapter).eval()
