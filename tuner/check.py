@@ -12,6 +12,7 @@ import torch
 
 from tuner.configs.adapter_rules import wrong_adapters
 from tuner.configs.options import NAMED, parameters
+from tuner.configs.rope_rules import warn_of_length, wrong_rope
 from tuner.configs.strategy_rules import complaints, wrong_cut, wrong_deepspeed, wrong_fsdp, wrong_sharing
 from tuner.dataset.build import StreamedDataset, build_dataloader, build_shards, build_stream
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
@@ -176,12 +177,14 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     problems += wrong_deepspeed(known)
     strategy = known.get("strategy", {})
     problems += wrong_fsdp(strategy)
+    problems += wrong_rope(known.get("rope", {}))
     adapters = [node.values for node in nodes if node.type is LoRA]
     problems += wrong_cut(strategy, [adapter.get("quantise") for adapter in adapters])
     problems += wrong_adapters(adapters, known)
     problems += wrong_sharing(strategy, [node.values.get("path") for node in nodes if node.type is build_llm])
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))
+    warn_of_length(config)
     for node in nodes:
         warn_of_precision(node.values.get("precision"), torch.cuda.is_available())
 

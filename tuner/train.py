@@ -31,6 +31,7 @@ from tuner.errors import StoppedError, UserError
 from tuner.masking import mask_source
 from tuner.model.build import build_llm
 from tuner.model.hollow import Hold
+from tuner.model.rope import Rope, own_rope, set_rope
 from tuner.model.tokenizer import check_vocabulary
 from tuner.parallel.mesh import Layout, arrange, build_mesh
 
@@ -165,6 +166,9 @@ def build_runner(
         save_ledger(dataloader, work_dir)
     model = assembly.build(with_holder(config.model, strategy.holder()))
     check_vocabulary(tokenizer, model.llm)
+    rope = assembly.build(config.get("rope")) or Rope()
+    if not rope.is_own:
+        set_rope(model.llm, own_rope(model.llm.config), rope)
     if strategy.degrees.size > 1:
         model.cut_sequences(strategy.mesh)
     parts = Parts(

@@ -23,7 +23,7 @@ from tuner.model.attention_sdpa import Pack, sdpa_attention
 from tuner.model.internlm2.rotary import InternLM2RotaryEmbedding
 from tuner.parallel.mesh import Degrees
 from tuner.parallel.sequence import held_tokens
-from tuner.prove import holding, sp
+from tuner.prove import holding, rotary, sp
 from tuner.prove.documents import make_step, num_shared, shorten, train_last_shard
 from tuner.prove.gradients import EXACT, compare, worst
 from tuner.prove.processes import on_ranks
@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "internlm2": {"model_type": "internlm2"},
     "internlm2 linear": {"model_type": "internlm2", "rope_scaling": LINEAR},
     "internlm2 dynamic": {"model_type": "internlm2", "rope_scaling": DYNAMIC},
+    "internlm2 yarn": {"model_type": "internlm2", "rope_scaling": YARN},
     "llama linear": {"model_type": "llama", "rope_scaling": LINEAR},
     "llama3": {"model_type": "llama", "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 128}},
     "qwen2 yarn": {"model_type": "qwen2", "rope_scaling": YARN},
@@ -48,7 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 100},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "sliding_window": None},
 }
-LESS_SPECIAL = ("internlm2", "internlm2 linear", "llama linear", "qwen2 yarn")  # than the others, or than other tests
+RARE = ("internlm2 linear", "internlm2 yarn", "llama linear", "qwen2 yarn")  # less special than the others
+LESS_SPECIAL = ("internlm2", *RARE)  # or than other tests
 DEPENDS_ON_PACK = {
     "llama dynamic": {"model_type": "llama", "rope_scaling": DYNAMIC, "max_position_embeddings": 64},
     "phi3 longrope": {
@@ -235,8 +237,21 @@ def test_angles_that_depend_on_the_pack_are_refused_as_in_training(
     assert "turns every document of a pack by the longest one's length" in capsys.readouterr().err
 
 
-def ignore_scaling(module: InternLM2RotaryEmbedding, *_: Any) -> torch.Tensor:
-    return LlamaRotaryEmbedding.compute_default_rope_parameters(module.config)[0]
+def test_rotary_settings_of_the_run_are_proven_to_take_effect(
+    data: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The model is dynamic, and the run makes that a fixed base; then what training calls does nothing."""
+    settings = {**data, "rope_theta": 2e5, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    entries = {"rope_scaling": DYNAMIC, "max_position_embeddings": 64}
+    assert check("attn", settings, **entries) == 0
+    assert "no scaling; base 1,593,925," in capsys.readouterr().out, "2e5 * 7 ** (32 / 30)"
+    monkeypatch.setattr(rotary, "set_rope", lambda *_: None)
+    assert check("attn", settings, **entries) == 2
+    assert "is turned OTHERWISE" in capsys.readouterr().out
+
+
+def ignore_scaling(module: InternLM2RotaryEmbedding, *_: Any) -> tuple[torch.Tensor, float]:
+    return LlamaRotaryEmbedding.compute_default_rope_parameters(module.config)
 
 
 def test_a_scaling_that_is_ignored_is_caught(

@@ -199,8 +199,8 @@ def test_mistakes_are_told_and_nothing_is_written(name: str, tmp_path: Path) -> 
 
 def test_a_llama_that_is_no_internlm2_is_refused(tmp_path: Path) -> None:
     made = convert_to_llama(make_model(tmp_path / "model"), tmp_path / "llama", verify=False)
-    edit(made, mlp_bias=True, rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    with pytest.raises(UserError, match=r"mlp_bias.*rope type 'yarn'"):
+    edit(made, mlp_bias=True, rope_scaling={"rope_type": "llama3", "factor": 4.0})
+    with pytest.raises(UserError, match=r"mlp_bias.*rope type 'llama3'"):
         convert_to_internlm2(made, tmp_path / "back")
     with pytest.raises(UserError, match=r"type 'llama'.*takes.*'internlm2'"):
         convert_to_llama(made, tmp_path / "again")

@@ -147,7 +147,7 @@ def test_every_spelling_of_rope_is_read_and_the_published_one_written(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'.*linear and dynamic"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "'llama3'.*linear, dynamic, yarn"),
         ({"rope_scaling": {"type": "dynamic"}}, "factor=None must be"),
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "factor=0.5 must be"),
         ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "factor='2' must be"),

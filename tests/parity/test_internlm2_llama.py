@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "dynamic, factor 1": {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}, "rope_theta": 1000000},
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}},
 }
 SHORT, LONG = 24, 80  # tokens: within and beyond max_position_embeddings
 RENAMED = {

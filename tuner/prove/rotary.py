@@ -13,6 +13,7 @@ from tuner.dataset.tokenize import Document
 from tuner.errors import UserError
 from tuner.model.attention_cut import BLIND
 from tuner.model.build import build_llm
+from tuner.model.rope import own_rope, set_rope
 from tuner.prove.rope import Floats, Rope, bare, dynamic_base, read_ropes, turns
 from tuner.prove.small_model import NUM_TOKEN_IDS, Family, one_head, write_model
 
@@ -69,7 +70,10 @@ def _judge_layers(ropes: dict[str | None, Rope], heard: Heard, lengths: list[int
 
 def listen(family: Family, lengths: list[int], directory: Path) -> list[Heard]:
     """The output of each rotary embedding in a forward pass over a pack; attention itself is left out."""
-    llm = build_llm(str(write_model(one_head(family), directory)), weights="random", attention="sdpa").eval()
+    came = family if family.came is None else family._replace(raw=family.came)
+    llm = build_llm(str(write_model(one_head(came), directory)), weights="random", attention="sdpa").eval()
+    if not family.rope.is_own:
+        set_rope(llm, own_rope(llm.config), family.rope)  # as training does
     llm.set_attn_implementation(BLIND)
     heard: list[Heard] = []
 

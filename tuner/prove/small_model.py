@@ -14,6 +14,7 @@ from tuner.errors import UserError
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm, read_config
 from tuner.model.checkpointing import enable_gradient_checkpointing
+from tuner.model.rope import Rope, own_rope, replace_rope
 from tuner.prove.rope import ORIGINAL, ROPE_KEYS, rope_type
 
 NUM_TOKEN_IDS = 512
@@ -38,8 +39,10 @@ class Family(NamedTuple):
     """The model of a config: what its config.json says, and as transformers reads it."""
 
     config: PreTrainedConfig
-    raw: dict[str, Any]
+    raw: dict[str, Any]  # with the rotary settings of the run, as what it saves has them
     attention: str  # what the config asks for
+    rope: Rope = Rope()
+    came: dict[str, Any] | None = None  # raw as the model came, where the run sets `rope`
 
     @property
     def num_heads(self) -> int:
@@ -71,7 +74,13 @@ def read_family(config: Any) -> Family:
     if found.get_text_config() is not found:
         raise UserError(f"{type(found).__name__} holds several models; this check takes a language model alone.")
     raw, _ = PreTrainedConfig.get_config_dict(found.name_or_path, local_files_only=True)
-    return Family(found, raw, llm.get("attention", "auto"))
+    rope = Assembly(config).build(config.get("rope")) or Rope()
+    if rope.is_own:
+        return Family(found, raw, llm.get("attention", "auto"))
+    chosen = replace_rope(own_rope(found), rope)
+    parameters = {"rope_parameters": dict(chosen.parameters), "max_position_embeddings": chosen.max_position_embeddings}
+    rest = {name: value for name, value in raw.items() if name not in (*ROPE_KEYS, "rope_theta", ORIGINAL)}
+    return Family(found, rest | parameters, llm.get("attention", "auto"), rope, raw)
 
 
 def narrow(family: Family) -> dict[str, Any]:

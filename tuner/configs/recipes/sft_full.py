@@ -13,6 +13,7 @@ from tuner.engine.schedule import WarmupCosine
 from tuner.engine.strategies import build_strategy
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
+from tuner.model.rope import Rope
 from tuner.model.tokenizer import build_tokenizer
 
 # settings: the model
@@ -21,6 +22,8 @@ weights = "pretrained"  # "pretrained", or "random" to begin from scratch with t
 attention = "auto"  # "auto" takes the fastest that runs here; or "flash", "varlen", "sdpa", "eager"
 gradient_checkpointing: bool | int | str = True  # compute again in backward: all; every n-th layer; all but "attention"
 tile_tokens: int | None = 8192  # tokens that feed-forward blocks take at a time, for less memory; None: all
+rope_theta: float | None = None  # base of the rotary embedding, such as 1e6 for 200k tokens; None: the model's own
+rope_scaling: dict | None = None  # {"rope_type": "linear", "dynamic" or "yarn", "factor": 4}; None: the model's own
 precision = "bf16"  # "bf16", "fp16" or "fp32": what the forward and backward compute in; weights stay fp32
 
 # settings: the ranks
@@ -119,6 +122,8 @@ model = dict(
         seed=seed,
     ),
 )
+
+rope = dict(type=Rope, theta=rope_theta, scaling=rope_scaling, length=max_length)
 
 optim_wrapper = dict(
     optimizer=dict(type=adamw, kind=optimizer, lr=lr, betas=betas, weight_decay=weight_decay),

@@ -10,7 +10,13 @@ from transformers.activations import ACT2FN
 from tuner.errors import UserError
 
 REWARD_TOKEN_ID = 92527  # [UNUSED_TOKEN_130], which ends a conversation that a published reward model scores
-ROPE_SCALING_TYPES = ("linear", "dynamic")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_SCALING_TYPES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "dynamic": (),
+    "yarn": (ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+"""and what each takes beside its factor; YaRN is unknown to the published code, but not to inference engines"""
 PUBLISHED_ATTENTION = "eager"  # what every released config.json says
 
 
@@ -53,12 +59,12 @@ def _check_rope(rope: dict[str, Any]) -> None:
     if rope["rope_type"] == "default":
         allowed = {"rope_type", "rope_theta"}
     elif rope["rope_type"] in ROPE_SCALING_TYPES:
-        allowed = {"rope_type", "rope_theta", "factor"}
+        allowed = {"rope_type", "rope_theta", "factor", *ROPE_SCALING_TYPES[rope["rope_type"]]}
         if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
             raise UserError(f"rope_scaling's factor={factor!r} must be a number of at least 1.")
     else:
         raise UserError(
-            f"rope_scaling has the type {rope['rope_type']!r}; InternLM2 has {' and '.join(ROPE_SCALING_TYPES)}, "
+            f"rope_scaling has the type {rope['rope_type']!r}; InternLM2 has {', '.join(ROPE_SCALING_TYPES)}, "
             "or null for none."
         )
     if unknown := sorted(set(rope) - allowed):
@@ -69,9 +75,9 @@ def _check_rope(rope: dict[str, Any]) -> None:
 class InternLM2Config(PreTrainedConfig):
     """Shape and constants of an InternLM2; class defaults are those of the published configuration class.
 
-    `rope_scaling` may be null or {"type" or "rope_type": "linear" | "dynamic", "factor": >= 1}, with `rope_theta`
-    beside it, or both may come as `rope_parameters`, transformers 5's spelling. What is saved is the published
-    spelling, because the published code, lmdeploy and older transformers read nothing else.
+    `rope_scaling` may be null or {"type" or "rope_type": "linear" | "dynamic" | "yarn", "factor": >= 1} with what YaRN
+    takes, `rope_theta` beside it, or both may come as `rope_parameters`, transformers 5's spelling. What is saved is
+    the published spelling, because the published code, lmdeploy and older transformers read nothing else.
 
     `attn_implementation` in a config.json is a note to the published code (every release says "eager"): it is kept
     for it and does not choose the attention here. `from_pretrained(..., attn_implementation=...)` does.
@@ -128,11 +134,12 @@ class InternLM2Config(PreTrainedConfig):
 
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
-        """The published spelling: {"type", "factor"}, or None for plain rotary embeddings."""
+        """The published spelling: {"type", "factor"}, and what YaRN takes; None for plain rotary embeddings."""
         assert self.rope_parameters is not None
         if self.rope_parameters["rope_type"] == "default":
             return None
-        return {"type": self.rope_parameters["rope_type"], "factor": self.rope_parameters["factor"]}
+        rest = {key: value for key, value in self.rope_parameters.items() if key not in ("rope_type", "rope_theta")}
+        return {"type": self.rope_parameters["rope_type"], **rest}
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:

@@ -12,7 +12,7 @@ from tuner.model.internlm2.configuration import InternLM2Config
 
 
 class InternLM2RotaryEmbedding(nn.Module):
-    """Cosines and sines of plain, linear and dynamic NTK rotary embeddings, in fp32 until the very end.
+    """Cosines and sines of plain, linear, dynamic NTK and YaRN rotary embeddings, in fp32 until the very end.
 
     The frequencies are computed in every forward (head_dim / 2 numbers, once per model, not per layer) instead of
     being kept in a buffer: `model.to(torch.bfloat16)` would round a buffer, `to_empty` would leave it undefined, and
@@ -41,26 +41,29 @@ class InternLM2RotaryEmbedding(nn.Module):
         max_seqlen: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles for `position_ids` (B, T) -> cosines and sines (B, T, head_dim) in the dtype of `hidden`."""
-        inv_freq = self._inverse_frequencies(position_ids, cu_seqlens, max_seqlen).to(hidden.device)
-        angles = position_ids[..., None].float() * inv_freq  # (B, T, D / 2)
+        frequencies, scale = self._inverse_frequencies(position_ids, cu_seqlens, max_seqlen)
+        angles = position_ids[..., None].float() * frequencies.to(hidden.device)  # (B, T, D / 2)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        return (angles.cos() * scale).to(hidden.dtype), (angles.sin() * scale).to(hidden.dtype)
 
     def _inverse_frequencies(
         self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor | None, max_seqlen: int | None
-    ) -> torch.Tensor:
-        """Frequencies (D / 2,) for the whole batch, or (T, D / 2) where long packed documents have their own."""
+    ) -> tuple[torch.Tensor, float]:
+        """Frequencies and what cosine and sine are multiplied by, which is 1 but for YaRN.
+
+        (D / 2,) for the whole batch, or (T, D / 2) where long packed documents have their own.
+        """
         assert self.config.rope_parameters is not None
         rope_type = self.config.rope_parameters["rope_type"]
         with torch.device("cpu"):  # the same digits wherever the model lives
             if rope_type == "default":
-                return LlamaRotaryEmbedding.compute_default_rope_parameters(self.config)[0]
-            if rope_type == "linear":
-                return ROPE_INIT_FUNCTIONS["linear"](self.config)[0]
+                return LlamaRotaryEmbedding.compute_default_rope_parameters(self.config)
+            if rope_type in ("linear", "yarn"):
+                return ROPE_INIT_FUNCTIONS[rope_type](self.config)
             longest = int(position_ids.max()) + 1 if max_seqlen is None else max_seqlen
             if cu_seqlens is None or longest <= self.config.max_position_embeddings:
-                return self._dynamic(longest)
-            return self._dynamic_per_document(cu_seqlens.cpu(), position_ids.shape[-1])
+                return self._dynamic(longest), 1.0
+            return self._dynamic_per_document(cu_seqlens.cpu(), position_ids.shape[-1]), 1.0
 
     def _dynamic(self, length: int) -> torch.Tensor:
         """Frequencies (D / 2,) of a sequence of `length` tokens; up to max_position_embeddings, the plain ones."""

@@ -1,0 +1,57 @@
+"""What a config gets wrong with rotary embeddings, and lengths beyond what they are meant for."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tuner.configs.strategy_rules import complaints
+from tuner.demo.files import PREFIX
+from tuner.errors import UserError
+from tuner.model.build import build_llm, read_config
+from tuner.model.rope import Rope, beyond_reach, check_scaling, check_theta, own_rope, replace_rope
+
+logger = logging.getLogger("tuner")
+
+
+def wrong_rope(rope: Mapping[str, Any]) -> list[str]:
+    """A base and a scaling that are none; `rope` has the arguments of a `Rope`."""
+    return complaints(check_theta, [rope.get("theta")]) + complaints(check_scaling, [rope.get("scaling")])
+
+
+def warn_of_length(config: Mapping[str, Any]) -> None:
+    """Log the remedy where documents may be longer than the model's rotary embedding is meant for.
+
+    Models are looked at whose config.json lies on this disk.
+    """
+    dataset = (config.get("train_dataloader") or {}).get("dataset") or {}
+    length = dataset.get("max_length")
+    given = config.get("rope") or {}
+    try:
+        paths = list(model_paths(config.get("model")))
+    except ImportError:
+        return  # preparing data needs none of the model's parts
+    for path in paths if type(length) is int else ():
+        try:
+            rope = Rope(given.get("theta"), given.get("scaling"), length)
+            text = beyond_reach(replace_rope(own_rope(read_config(path)), rope), length)
+        except UserError:
+            continue  # told elsewhere, or a model without rotary embedding
+        if text:
+            logger.warning(text)
+
+
+def model_paths(node: object) -> Iterator[str]:
+    """The directories of all language models below a node of a config."""
+    if not isinstance(node, Mapping):
+        return
+    path = node.get("path")
+    if node.get("type") is build_llm and isinstance(path, str) and is_here(path):
+        yield path
+    for part in node.values():
+        yield from model_paths(part)
+
+
+def is_here(path: str) -> bool:
+    """Whether a model's config.json lies on this disk, or is made here."""
+    return path.startswith(PREFIX) or (Path(path).expanduser() / "config.json").is_file()
