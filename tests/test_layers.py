@@ -11,7 +11,7 @@ LAYERS = [  # top first; modules in one tuple are siblings
     ("conversions",),
     ("arguments",),
     ("launch",),
-    ("train", "prepare", "chat", "convert", "evaluate", "preview", "lint", "prove"),
+    ("train", "prepare", "chat", "convert", "evaluate", "preview", "lint", "prove", "plan"),
     ("check", "config"),
     ("configs",),
     ("engine",),

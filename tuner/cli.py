@@ -183,6 +183,29 @@ def prepare_command(config: str, settings: Pairs, cfg_options: Pairs) -> None:
     prepare(source, name=config)
 
 
+@cli.command("plan", cls=TrainCommand)
+@config_arguments
+@click.option("--gpus", type=int, default=8, show_default=True, help="GPUs of a node.")
+@click.option("--nodes", type=int, default=1, show_default=True)
+@click.option("--gpu", metavar="NAME|FLOPS,BANDWIDTH", default="H100", show_default=True, help="Or A100, H200.")
+@click.option("--gpu-memory", metavar="SIZE", help="Such as 80GiB.  [default: what torch sees of that GPU]")
+@click.option("--link", metavar="NAME|BYTES/S", help="Slowest between ranks.  [default: NVLink; ib400 between nodes]")
+@click.option("--price", type=float, help="Of a GPU for an hour.")
+@click.option("--solve", is_flag=True, help="Try strategies, sp and checkpointing; show what fits, and what to set.")
+@click.option("--measure", is_flag=True, help="Take the rate of matrix products measured on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@debug_option
+def plan_command(config: str, settings: Pairs, cfg_options: Pairs, **options: Any) -> int:
+    """Say before a launch whether it fits: memory part by part, time and cost. Needs no weights and no GPU.
+
+    Exit code 0: it fits. 2: it does not, or a mistake in the command.
+    """
+    source = render_config(config, settings, cfg_options)
+    from tuner.plan.command import plan
+
+    return plan(source, name=config, **options)
+
+
 @cli.command("preview", cls=TrainCommand)
 @config_arguments
 @click.option("-n", "num_documents", type=int, help="Documents to show.  [default: 3, or all of the step asked for]")

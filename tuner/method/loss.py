@@ -46,11 +46,17 @@ def linear_cross_entropy(
         loss_weights = None if loss_weights is None else loss_weights[trained]
     if num_loss_tokens <= 0 and len(trained):
         raise UserError(f"num_loss_tokens={num_loss_tokens}, but {len(trained)} labels are trained; count them.")
+    return trained_cross_entropy(hidden, weight, labels, loss_weights) / divisor(num_loss_tokens)
+
+
+def trained_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The sum, where each of the (T,) labels is trained; looks at no label's value."""
     wants = torch.is_grad_enabled()
-    loss_sum = _ChunkedLoss.apply(
+    return _ChunkedLoss.apply(
         hidden, weight, labels, loss_weights, wants and hidden.requires_grad, wants and weight.requires_grad
     )
-    return loss_sum / divisor(num_loss_tokens)
 
 
 def divisor(num_loss_tokens: float) -> float:

@@ -1,0 +1,157 @@
+"""`tuner plan`: from a config's text to memory, time and cost on machines that need not be here."""
+
+import json
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from tuner.config import loads
+from tuner.engine.machine import peak_rate
+from tuner.errors import UserError
+from tuner.plan.gpus import Gpu, read_gpu, read_link
+from tuner.plan.memory import GIB, SOURCES, Memory, memory_of
+from tuner.plan.setup import Setup, read_setup
+from tuner.plan.solve import Choice, solve
+from tuner.plan.speed import EFFICIENCY, Speed, speed_of
+
+EXIT_DOES_NOT_FIT = 2
+LABELS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "checkpoints": "activations kept for backward",
+    "working_set": "working set of a layer",
+    "logits": "logits, gradient of the head",
+    "communication": "gathered weights, buckets",
+    "reserve": "CUDA, NCCL, fragmentation",
+}
+
+
+class Wanted(NamedTuple):
+    """As options say it."""
+
+    gpus: int = 8
+    nodes: int = 1
+    gpu: str = "H100"
+    gpu_memory: str | None = None
+    link: str | None = None
+    price: float | None = None  # of a GPU for an hour
+    solve: bool = False
+    measure: bool = False
+    as_json: bool = False
+
+
+def plan(source: str, *, name: str = "config.py", **options: Any) -> int:
+    """Print what a step needs; returns 0 where it fits and 2 where it does not.
+
+    Args:
+        source: the text of a config with all settings filled in; weights and data of it are not needed.
+        name: what messages call the config.
+        options: the entries of a `Wanted`.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    started = time.monotonic()
+    wanted = Wanted(**options)
+    for option, number in (("--gpus", wanted.gpus), ("--nodes", wanted.nodes)):
+        if number < 1:
+            raise UserError(f"{option} {number}: give 1 or more.")
+    gpu = read_gpu(wanted.gpu, wanted.gpu_memory)
+    link_name, link = read_link(wanted.link, gpu, wanted.nodes)
+    setup, shapes = read_setup(loads(source, name), wanted.gpus * wanted.nodes, wanted.gpus)
+    efficiency = EFFICIENCY
+    if wanted.measure:
+        rate = peak_rate_here()
+        gpu, efficiency = gpu._replace(flops=rate, source="measured here, matrix products"), 1.0
+    memory = memory_of(setup)
+    squares = float(setup.num_tokens) ** 2
+    speed = speed_of(setup, memory.sizes, gpu, link, squares, efficiency)
+    fits = memory.peak.total <= gpu.memory
+    choices = solve(setup, gpu, link, squares, efficiency) if wanted.solve else []
+    if wanted.as_json:
+        print(json.dumps(as_dict(memory, speed, gpu, choices), indent=1))
+        return 0 if fits else EXIT_DOES_NOT_FIT
+    print(f"{name}: {described(setup)}; shapes from {shapes}")
+    print("\n".join(memory_lines(memory, gpu)))
+    print("\n".join(speed_lines(setup, speed, gpu, f"{link_name}, {link / 1e9:g} GB/s", efficiency, wanted.price)))
+    if wanted.solve:
+        print("\n".join(solve_lines(choices, gpu)))
+    print(f"{time.monotonic() - started:.0f} s")
+    return 0 if fits else EXIT_DOES_NOT_FIT
+
+
+def peak_rate_here() -> float:
+    """FLOP/s of matrix products on this machine's GPU, else its CPU."""
+    from tuner.engine.machine import measured_rate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        return peak_rate(device).flops
+    return measured_rate(device, torch.bfloat16)
+
+
+def described(setup: Setup) -> str:
+    """A setup in words."""
+    holding = {"none": "whole on each rank"}.get(setup.holding, setup.holding)
+    sharing = "" if setup.degrees.size == 1 else f", sequences over {setup.degrees.size}"
+    return (
+        f"{setup.num_ranks} ranks, {holding}{sharing}, packs of {setup.num_tokens:,} tokens, {setup.precision}, "
+        f"gradient_checkpointing={setup.checkpointing}, tile_tokens={setup.tile_tokens}"
+    )
+
+
+def memory_lines(memory: Memory, gpu: Gpu) -> list[str]:
+    """The parts at the peak, and the verdict."""
+    lines = [f"\na rank's memory at its peak, the {memory.peak_phase}"]
+    for name, value in memory.peak._asdict().items():
+        lines.append(f"  {LABELS[name]:32} {value / GIB:8.2f} GiB   {SOURCES[name]}")
+    lines.append(f"  {'all':32} {memory.peak.total / GIB:8.2f} GiB")
+    left = (gpu.memory - memory.peak.total) / GIB
+    verdict = f"fits, {left:.1f} GiB are left" if left >= 0 else f"DOES NOT FIT: {-left:.1f} GiB too much"
+    phases = ", ".join(f"{name} {parts.total / GIB:.1f}" for name, parts in memory.phases.items())
+    return [*lines, f"  {gpu.name} has {gpu.memory / GIB:.1f} GiB: {verdict}", f"  by phase, GiB: {phases}"]
+
+
+def speed_lines(setup: Setup, speed: Speed, gpu: Gpu, link: str, efficiency: float, price: float | None) -> list[str]:
+    """FLOPs, seconds, money."""
+    tokens = speed.num_tokens / speed.seconds
+    hours = setup.num_ranks * speed.seconds / 3600
+    money = "" if price is None else f", {hours * price:.3g} at {price:g} an hour"
+    return [
+        "\na step (formula; each pack taken as one document of max_length, which is the most it can cost)",
+        f"  tokens {speed.num_tokens:,.0f}; FLOPs needed {speed.model_flops:.3g}, computed {speed.hardware_flops:.3g}",
+        f"  computing {speed.compute_seconds:.2f} s ({gpu.flops / 1e12:.0f} TFLOP/s by {gpu.source}, of which "
+        f"{efficiency:.0%} are taken to be reached), optimizer {speed.optimizer_seconds:.2f} s "
+        f"({gpu.bandwidth / 1e12:.2f} TB/s)",
+        f"  links {speed.link_seconds:.2f} s beside it ({link}; {speed.sent / 1e9:.2f} GB a rank)",
+        f"  {speed.seconds:.2f} s, {tokens:,.0f} tokens/s, {hours:.3g} GPU hours{money}",
+    ]
+
+
+def solve_lines(choices: list[Choice], gpu: Gpu) -> list[str]:
+    """The Pareto table, and the first line to paste."""
+    if not choices:
+        return [f"\nnothing that was tried fits {gpu.name}: more GPUs, a smaller max_length or tile_tokens, or LoRA"]
+    lines = ["\nwhat fits, and no other is better in both      GiB   s/step"]
+    for choice in choices:
+        lines.append(f"  {choice.memory.peak.total / GIB:6.1f} {choice.seconds:8.2f}   {choice.line()}")
+    return [*lines, f"paste: {choices[0].line()}"]
+
+
+def as_dict(memory: Memory, speed: Speed, gpu: Gpu, choices: list[Choice]) -> dict[str, Any]:
+    """All figures, for JSON; bytes and seconds."""
+    parts = {name: {"bytes": round(value), "by": SOURCES[name]} for name, value in memory.peak._asdict().items()}
+    return {
+        "fits": memory.peak.total <= gpu.memory,
+        "peak_bytes": round(memory.peak.total),
+        "peak_phase": memory.peak_phase,
+        "parts": parts,
+        "gpu": gpu._asdict(),
+        "step": {**speed._asdict(), "seconds": speed.seconds},
+        "solve": [
+            {"settings": choice.line(), "bytes": round(choice.memory.peak.total), "seconds": choice.seconds}
+            for choice in choices
+        ],
+    }

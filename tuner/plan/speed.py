@@ -1,0 +1,95 @@
+"""FLOPs of a step, and how long computing, memory and links take for them on a GPU that is named."""
+
+from typing import NamedTuple
+
+from tuner.model.checkpointing import ATTENTION
+from tuner.model.flops import count_matmuls, hardware_flops, model_flops
+from tuner.plan.gpus import Gpu
+from tuner.plan.holding import Sizes
+from tuner.plan.setup import Setup
+from tuner.plan.trace import hollow
+
+EFFICIENCY = 0.55  # of the data sheet's matrix rate that long products of bf16 reach; assumed, not measured
+STEP_BYTES = 28  # AdamW reads weight, gradient and two moments in fp32 and writes three of them
+
+
+class Speed(NamedTuple):
+    """Of an optimizer step over all ranks."""
+
+    model_flops: float
+    hardware_flops: float
+    num_tokens: float
+    compute_seconds: float
+    optimizer_seconds: float
+    link_seconds: float  # if nothing of it ran beside the computing
+    sent: float  # bytes a rank
+
+    @property
+    def seconds(self) -> float:
+        """Where communication runs beside computing, the longer of them, and the optimizer."""
+        return max(self.compute_seconds, self.link_seconds) + self.optimizer_seconds
+
+
+def speed_of(
+    setup: Setup, sizes: Sizes, gpu: Gpu, link: float, sum_squared_per_pack: float, efficiency: float
+) -> Speed:
+    """Time of a step: every data-parallel rank takes `num_accumulation_steps` packs, all tokens trained.
+
+    Args:
+        setup: of a rank.
+        sizes: of the model.
+        gpu: each rank's.
+        link: bytes/s that a rank sends.
+        sum_squared_per_pack: sum over documents of length^2; num_tokens^2 where a pack is one document.
+        efficiency: share of the GPU's matrix rate.
+    """
+    matmuls = count_matmuls(hollow(setup.model, setup.lora))
+    packs = setup.num_accumulation_steps * setup.num_ranks // setup.degrees.size
+    tokens = packs * setup.num_tokens
+    squares = int(packs * sum_squared_per_pack)
+    computed = hardware_flops(matmuls, tokens, squares, tokens, gradient_checkpointing=bool(setup.checkpointing))
+    sent = bytes_sent(setup, sizes)
+    stepped = sizes.trained / (setup.num_ranks if setup.holding != "none" else 1)
+    return Speed(
+        model_flops=model_flops(matmuls, tokens, squares, tokens),
+        hardware_flops=computed,
+        num_tokens=tokens,
+        compute_seconds=computed / (setup.num_ranks * gpu.flops * efficiency),
+        optimizer_seconds=STEP_BYTES * stepped / gpu.bandwidth,
+        link_seconds=sent / link,
+        sent=sent,
+    )
+
+
+def bytes_sent(setup: Setup, sizes: Sizes) -> float:
+    """Bytes that leave a rank in a step; rings' formulas, as benchmarks/ranks.py measures them.
+
+    DDP 2 f G; ZeRO-1 f (G + W); ZeRO-2 f (a G + W); ZeRO-3 and FSDP2 a f (2 W + G): f = (n - 1) / n, a micro-batches,
+    W bytes of the weights in the precision, G of the gradient in fp32. Ulysses and rings on top, per layer and pass.
+    """
+    ranks, steps = setup.num_ranks, setup.num_accumulation_steps
+    share = (ranks - 1) / ranks
+    weights, gradient = setup.itemsize * sizes.total, 4.0 * sizes.trained
+    if setup.holding == "none":
+        sent = 2 * gradient
+    elif setup.stage == 1:
+        sent = gradient + weights
+    elif setup.stage == 2:
+        sent = steps * gradient + weights
+    else:
+        sent = steps * (2 * weights + gradient)
+    return share * sent + steps * bytes_between_sequences(setup)
+
+
+def bytes_between_sequences(setup: Setup) -> float:
+    """What ranks that share a sequence send in a micro-batch: heads by Ulysses, keys and values by the ring."""
+    text = setup.model.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    ulysses, ring = setup.degrees
+    own = setup.num_tokens / setup.degrees.size
+    passes = 2 if setup.checkpointing in (False, ATTENTION) else 3  # what is kept does not travel again
+    moved = (2 * heads + 2 * max(kv_heads, ulysses)) * width * own * setup.itemsize * (ulysses - 1) / ulysses
+    around = 2 * max(kv_heads // ulysses, 1) * width * own * ulysses * (ring - 1) * (setup.itemsize * passes + 4)
+    return text.num_hidden_layers * (passes * moved + around)
