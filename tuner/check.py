@@ -35,6 +35,7 @@ from tuner.model.attention import BACKENDS
 from tuner.model.build import WEIGHTS, build_llm
 from tuner.model.checkpointing import is_choice
 from tuner.model.directory import check_model_directory, check_weights, looks_local
+from tuner.model.memory import check_together
 from tuner.model.tokenizer import build_tokenizer
 from tuner.nearest import did_you_mean, did_you_mean_or_all
 
@@ -122,6 +123,7 @@ RULES: dict[str, Rule] = {
     "packs_per_window": count(1),
     "train_newline": FLAG,
     "gradient_checkpointing": Rule(is_choice, "True, False, every n-th layer, or 'attention'"),
+    "offload_activations": FLAG,
     "tile_tokens": count(1, or_none=True),
     "hpz_partition_size": count(1, or_none=True),
     "max_nonfinite_steps": count(1),
@@ -173,6 +175,7 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     problems += wrong_data_files(nodes)
     problems += wrong_streams(nodes)
     problems += wrong_models(nodes)
+    problems += complaints(check_together, [node.values for node in nodes if node.type is build_llm])
     known = {node.path: node.values for node in nodes if is_known(node)}
     problems += wrong_deepspeed(known)
     strategy = known.get("strategy", {})

@@ -28,6 +28,7 @@ from tuner.method.sft import SFT
 from tuner.model.adapter import LoRA, export_adapter, kept_parameters
 from tuner.model.build import build_llm
 from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.model.memory import Memory
 
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -68,7 +69,7 @@ def move(llm: PreTrainedModel) -> None:
 
 
 def make_method(directory: Path, lora: LoRA, dtype: torch.dtype = torch.float64, *, again: bool = False) -> SFT:
-    llm = build_llm(str(directory), attention="sdpa", adapter=lora, gradient_checkpointing=again)
+    llm = build_llm(str(directory), attention="sdpa", adapter=lora, memory=Memory(again))
     move(llm)
     return SFT(llm if lora.quantise else exact(llm.to(dtype)))
 

@@ -1,5 +1,6 @@
 """Whatever saves memory changes no step: loss and gradient of every parameter are those of the plain form."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from tuner.errors import UserError
 from tuner.method.sft import SFT
 from tuner.model.adapter import LoRA, attach
-from tuner.model.checkpointing import ATTENTION, Choice, choice_of, enable_gradient_checkpointing
+from tuner.model.checkpointing import ATTENTION, Choice, choice_of, enable_gradient_checkpointing, kept_bytes
 from tuner.model.fingerprint import Base
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.tiles import Tiled, tile
@@ -88,11 +89,11 @@ def apart(got: Step, expected: Step) -> float:
     return max(abs(got[0] / expected[0] - 1), *(difference.item() for difference in differences))
 
 
-def save(llm: PreTrainedModel, checkpointing: Choice = False, tiles: int | None = None) -> None:
+def save(llm: PreTrainedModel, checkpointing: Choice = False, tiles: int | None = None, offload: bool = False) -> None:
     if tiles is not None:
         tile(llm, tiles)
     if checkpointing:
-        enable_gradient_checkpointing(llm, checkpointing)
+        enable_gradient_checkpointing(llm, checkpointing, offload=offload)
 
 
 TECHNIQUES: dict[str, Callable[[PreTrainedModel], None]] = {
@@ -102,6 +103,8 @@ TECHNIQUES: dict[str, Callable[[PreTrainedModel], None]] = {
     "every second layer again": partial(save, checkpointing=2),
     "all but attention again": partial(save, checkpointing="attention"),
     "tiles, all but attention again": partial(save, tiles=8, checkpointing="attention"),
+    "layers again, offloaded": partial(save, checkpointing=True, offload=True),
+    "tiles, all but attention again, offloaded": partial(save, tiles=8, checkpointing="attention", offload=True),
 }
 
 
@@ -273,3 +276,24 @@ def test_a_choice_that_means_nothing_is_refused() -> None:
     llm.set_attn_implementation("eager")
     with pytest.raises(UserError, match="keeps the output of tuner's attention, and this model has 'eager'"):
         enable_gradient_checkpointing(llm, ATTENTION)
+
+
+@pytest.mark.parametrize("choice", [True, ATTENTION])
+def test_offloading_changes_no_bit_and_leaves_nothing_on_the_host(choice: Choice) -> None:
+    llm = make_llm("llama", torch.float32)
+    save(llm, choice)
+    expected = run(llm)
+    checkpointing = enable_gradient_checkpointing(llm, choice, offload=True)
+    memory = checkpointing.host
+    assert memory is not None
+    seen: list[int] = []
+    llm.get_decoder().norm.register_forward_hook(lambda *_: seen.append(memory.host_bytes))
+    got = run(llm, SFT(llm))
+    assert got[0] == expected[0]
+    assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
+    heads, size = SIZES["num_attention_heads"], 8
+    # SDPA's copies of documents, once for its backward and once joined, and the log-sum-exp of the longer ones
+    attention = 2 * heads * size * 4 + heads * 4
+    assert seen[-1] == pytest.approx(3 * NUM_TOKENS * kept_bytes(choice, 64, attention), rel=0.05)
+    gc.collect()
+    assert memory.host_bytes == 0

@@ -29,6 +29,7 @@ from tuner.method.sft import SFT
 from tuner.model.build import build_llm
 from tuner.model.checkpointing import ATTENTION, enable_gradient_checkpointing
 from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.model.memory import Memory
 from tuner.model.tiles import tile
 
 MODELS = {
@@ -43,7 +44,7 @@ def checkpoint(method: SFT) -> None:
 
 def save_memory(method: SFT) -> None:
     """All at once of what changes no step."""
-    enable_gradient_checkpointing(method.llm, ATTENTION)
+    enable_gradient_checkpointing(method.llm, ATTENTION, offload=True)
     tile(method.llm, 8)
 
 
@@ -408,7 +409,7 @@ def hold(model: str, directory: Path) -> dict[str, Any]:
     for lent in (False, True):
         strategy = fully_sharded(case)
         hold = strategy.hold if lent else None
-        llm = build_llm(str(directory / model), attention="sdpa", gradient_checkpointing=True, hold=hold)
+        llm = build_llm(str(directory / model), attention="sdpa", memory=Memory(True), hold=hold)
         method = SFT(llm)
         method.cut_sequences(strategy.mesh)
         with counting_whole_layers(llm) as counts:

@@ -18,6 +18,7 @@ from tuner.model.build import build_llm
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
 from tuner.model.internlm2.reward import InternLM2ForRewardModel
+from tuner.model.memory import Memory
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -92,7 +93,7 @@ def test_attention_is_the_one_asked_for(model_directory: Path, weights: Any) -> 
 
 
 def test_gradient_checkpointing_is_set_on_every_layer(model_directory: Path) -> None:
-    llm = build_llm(str(model_directory), gradient_checkpointing=True)
+    llm = build_llm(str(model_directory), memory=Memory(gradient_checkpointing=True))
     assert all(layer.gradient_checkpointing for layer in llm.model.layers)
     assert not any(layer.gradient_checkpointing for layer in build_llm(str(model_directory)).model.layers)
 
@@ -100,7 +101,7 @@ def test_gradient_checkpointing_is_set_on_every_layer(model_directory: Path) -> 
 def test_every_causal_lm_of_transformers_is_served(tmp_path: Path) -> None:
     config = LlamaConfig(**SHAPE)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    llm = build_llm(str(tmp_path), gradient_checkpointing=True)
+    llm = build_llm(str(tmp_path), memory=Memory(gradient_checkpointing=True))
     assert type(llm) is LlamaForCausalLM
     assert llm.config._attn_implementation == attention_name(resolve_backend("auto"))
     assert llm.is_gradient_checkpointing
@@ -279,3 +280,12 @@ def test_without_a_network_a_hub_name_fails_at_once() -> None:
 def test_a_proxy_may_know_the_hub_where_we_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
     assert not build_module._is_offline("internlm/internlm2-7b")
+
+
+def test_settings_of_memory_that_mean_nothing_or_do_not_go_together_are_refused(model_directory: Path) -> None:
+    with pytest.raises(UserError, match=r"gradient_checkpointing=0\.5, tile_tokens=0: allowed are"):
+        Memory(gradient_checkpointing=0.5, tile_tokens=0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"gradient_checkpointing is False\. Set gradient_checkpointing = True"):
+        Memory(offload_activations=True)
+    with pytest.raises(UserError, match=r"this model has 'eager'\. Set attention = 'auto'"):
+        build_llm(str(model_directory), attention="eager", memory=Memory("attention"))

@@ -69,6 +69,8 @@ def test_a_right_config_passes_and_nothing_is_built(good: dict[str, object], mon
         ("weights", "pretraind", "one of pretrained, random"),
         ("too_long", "trunkate", "one of truncate, split, drop"),
         ("on_bad_row", "ignore", "one of raise, skip"),
+        ("gradient_checkpointing", 0.5, "True, False, every n-th layer, or 'attention'"),
+        ("tile_tokens", 0, "a whole number from 1 or None"),
         ("data_format", "preference", "No method trains on preference pairs yet"),
         ("data_format", "no_such_module:to_sample", "such as my_rows:to_sample"),
         ("data_format", "json:lods", "json has no function 'lods'. Did you mean loads"),
@@ -82,6 +84,13 @@ def test_a_value_out_of_range_is_told_once(setting: str, value: object, allowed:
     assert message.startswith(f"{setting} = {value!r}: ")
     assert allowed in message
     assert "\n" not in message
+
+
+def test_settings_of_memory_that_do_not_go_together_are_told(good: dict[str, object]):
+    message = problems({**good, "gradient_checkpointing": False, "offload_activations": True})
+    assert "but gradient_checkpointing is False. Set gradient_checkpointing = True" in message
+    message = problems({**good, "gradient_checkpointing": "attention", "attention": "eager"})
+    assert "keeps the output of tuner's attention, and this model has 'eager'" in message
 
 
 def test_all_mistakes_come_at_once(good: dict[str, object]):

@@ -27,12 +27,11 @@ from tuner.demo.files import resolve
 from tuner.errors import UserError
 from tuner.model.adapter import LoRA, attach
 from tuner.model.attention import BACKENDS, attention_name, resolve_backend
-from tuner.model.checkpointing import Choice, enable_gradient_checkpointing
 from tuner.model.directory import check_model_directory, check_weights, looks_local, nearest_directory
 from tuner.model.fingerprint import Base
 from tuner.model.hollow import BuiltWeights, Hold, StoredWeights, fill_computed_buffers, stored_names
 from tuner.model.internlm2.configuration import InternLM2Config
-from tuner.model.tiles import tile
+from tuner.model.memory import Memory
 from tuner.nearest import did_you_mean
 
 WEIGHTS = ("pretrained", "random")
@@ -43,8 +42,7 @@ def build_llm(
     *,
     weights: Literal["pretrained", "random"] = "pretrained",
     attention: str = "auto",
-    gradient_checkpointing: Choice = False,
-    tile_tokens: int | None = None,
+    memory: Memory | None = None,
     seed: int = 0,
     adapter: LoRA | None = None,
     hold: Hold | None = None,
@@ -56,8 +54,7 @@ def build_llm(
         weights: "pretrained" reads the safetensors; "random" draws them anew from config.json, the same for the same
             `seed` whatever was drawn before, and leaves the global random state as it was.
         attention: "auto", a key of `tuner.model.attention.BACKENDS`, or "eager", transformers' plain reference.
-        gradient_checkpointing: True, every n-th layer, or "attention", see `enable_gradient_checkpointing`.
-        tile_tokens: tokens that feed-forward blocks and norms take at a time, see `tile`; None takes all at once.
+        memory: how it saves memory in training; None saves nothing.
         adapter: what trains in place of the weights, see `LoRA`; None trains all of them.
         hold: for a model too large for one process: gets it without weights, and the weights, and puts them in place.
 
@@ -84,10 +81,8 @@ def build_llm(
             attach(llm, adapter, Base(path, weights, seed), weights=tensors, hold=hold)
         elif hold is not None:
             hold(llm, tensors)
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(llm, gradient_checkpointing)
-    if tile_tokens is not None:
-        tile(llm, tile_tokens)
+    if memory is not None:
+        memory.save(llm)
     return llm.train()
 
 

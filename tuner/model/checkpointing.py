@@ -2,14 +2,17 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import PreTrainedModel
 
 from tuner.errors import UserError
 from tuner.model.kept_attention import KeptAttention
+from tuner.model.offload import HostMemory
 from tuner.model.tiles import decoder_layers
 
 ATTENTION = "attention"
@@ -26,20 +29,28 @@ def is_choice(value: object) -> bool:
 class Checkpointing:
     """What transformers calls in place of a layer's forward, to compute it now and again in backward."""
 
-    def __init__(self, choice: Choice) -> None:
-        self.choice = choice
+    def __init__(self, choice: Choice, host: HostMemory | None = None) -> None:
+        """`host`: where what is kept of the layers stays until backward; None leaves it on their device."""
+        self.choice, self.host = choice, host
         self.contexts: Contexts = noop_context_fn
         """makes what a layer's two computations run in, such as a mode of torch"""
 
     def __call__(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         """`function(*inputs, **options)`."""
-        return checkpoint(function, *inputs, use_reentrant=False, context_fn=self._around, **options)
+        if self.host is None:
+            kept, elsewhere = KeptAttention(), nullcontext()
+        else:
+            layer = self.host.layer()
+            kept = KeptAttention(layer.pack, layer.unpack)
+            elsewhere = saved_tensors_hooks(layer.pack, layer.unpack)
+        around = partial(self._around, kept)
+        with elsewhere:
+            return checkpoint(function, *inputs, use_reentrant=False, context_fn=around, **options)
 
-    def _around(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+    def _around(self, kept: KeptAttention) -> tuple[AbstractContextManager, AbstractContextManager]:
         once, again = self.contexts()
         if self.choice != ATTENTION:
             return once, again
-        kept = KeptAttention()
         return _both(once, kept.entered(again=False)), _both(again, kept.entered(again=True))
 
 
@@ -49,8 +60,15 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
         yield
 
 
-def enable_gradient_checkpointing(llm: PreTrainedModel, choice: Choice = True) -> Checkpointing:
-    """Compute activations of `llm` again in backward, as `choice` says; False changes nothing.
+def enable_gradient_checkpointing(
+    llm: PreTrainedModel, choice: Choice = True, *, offload: bool = False
+) -> Checkpointing:
+    """Compute activations of `llm` again in backward, as `choice` says.
+
+    Args:
+        llm: a causal LM of transformers.
+        choice: which layers.
+        offload: keep what those layers keep in the host's memory.
 
     Raises:
         UserError: the model cannot, or its attention is not ours and its output cannot be kept.
@@ -59,15 +77,12 @@ def enable_gradient_checkpointing(llm: PreTrainedModel, choice: Choice = True) -
         raise UserError(f"gradient_checkpointing={choice!r}: choose True, False, every n-th layer, or {ATTENTION!r}.")
     if not llm.supports_gradient_checkpointing:
         raise UserError(f"{type(llm).__name__} does not support gradient checkpointing. Set it to False.")
-    if choice == ATTENTION and not llm.config._attn_implementation.startswith("tuner_"):
-        raise UserError(
-            f"gradient_checkpointing={ATTENTION!r} keeps the output of tuner's attention, and this model has "
-            f"{llm.config._attn_implementation!r}. Set attention = 'auto', or gradient_checkpointing = True."
-        )
+    if not llm.config._attn_implementation.startswith("tuner_"):
+        refuse_foreign(choice, llm.config._attn_implementation)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its newer name is missing in transformers that we allow
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    function = Checkpointing(choice)
+    function = Checkpointing(choice, HostMemory() if offload else None)
     for module in llm.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = function
@@ -77,10 +92,28 @@ def enable_gradient_checkpointing(llm: PreTrainedModel, choice: Choice = True) -
     return function
 
 
+def refuse_foreign(choice: object, attention: str) -> None:
+    """UserError where the output of an attention that is not ours should be kept."""
+    if choice == ATTENTION:
+        raise UserError(
+            f"gradient_checkpointing={ATTENTION!r} keeps the output of tuner's attention, and this model has "
+            f"{attention!r}. Set attention = 'auto', or gradient_checkpointing = True."
+        )
+
+
 def recomputed_layers(choice: Choice, num_layers: int) -> list[bool]:
     """Of each layer, whether it is computed again: with every n-th the first is."""
     every = 1 if choice == ATTENTION else int(choice)
     return [every > 0 and place % every == 0 for place in range(num_layers)]
+
+
+def kept_bytes(choice: Choice, hidden_size: int, attention_bytes: int, stream_itemsize: int = 4) -> int:
+    """Bytes per token and layer that a layer which is computed again keeps until then, on the device or on the host.
+
+    Its input, (B, T, H) in the precision of the residual stream (fp32 under autocast), and of "attention" what
+    `kept_attention.kept_bytes` says, given as `attention_bytes`.
+    """
+    return hidden_size * stream_itemsize + (attention_bytes if choice == ATTENTION else 0)
 
 
 def choice_of(llm: PreTrainedModel) -> Choice:

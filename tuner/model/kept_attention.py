@@ -83,8 +83,10 @@ class _Inside:
         self.start = torch.empty(0, requires_grad=True)
         # A leaf would be held by its graph: the inputs come in behind one that holds nothing.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
-            self.output = attend(*_Enter.apply(self.grads, self.start, *(tensor.detach() for tensor in inputs)))
+            output = attend(*_Enter.apply(self.grads, self.start, *(tensor.detach() for tensor in inputs)))
         self.places = {}  # addresses are given out anew
+        self.output: Tensor | None = output.detach()  # for the forward, which takes it
+        self.end = torch.autograd.graph.get_gradient_edge(output)
 
     def pack(self, tensor: Tensor) -> Any:
         """An input by its place, with how it was seen; anything else is kept."""
@@ -105,7 +107,7 @@ class _Inside:
     def backward(self, grad: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
         """Gradients of the inputs, which were computed again."""
         self.found[:] = inputs
-        torch.autograd.grad(self.output, self.start, grad, allow_unused=True)
+        torch.autograd.grad(self.end, self.start, grad, allow_unused=True)
         self.found.clear()
         return self.grads
 
@@ -148,7 +150,7 @@ class _Once(torch.autograd.Function):
         """(1, H, T, D), (1, K, T, D) twice -> (1, H, T, D)."""
         ctx.save_for_backward(*inputs)
         ctx.inside = _Inside(kept, attend, inputs)
-        output = ctx.inside.output.detach()
+        output, ctx.inside.output = ctx.inside.output, None
         kept.outputs.append(kept.pack(output))
         return output
 

@@ -171,7 +171,7 @@ def build_small(config: Any, directory: Path, *, attention: str, dtype: torch.dt
     node["llm"] = {**node["llm"], "path": str(directory), "weights": "random", "attention": attention}
     method = Assembly({}).build(node)
     spread(method.llm)
-    if dtype == torch.float64 and (choice := node["llm"].get("gradient_checkpointing", False)):
+    if dtype == torch.float64 and (choice := (node["llm"].get("memory") or {}).get("gradient_checkpointing")):
         checkpointing = enable_gradient_checkpointing(method.llm, choice)
         checkpointing.contexts = lambda: (Float64(), Float64())  # for both passes
     return method.to(dtype)

@@ -12,6 +12,7 @@ from tuner.engine.schedule import WarmupCosine
 from tuner.engine.strategies import build_strategy
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
+from tuner.model.memory import Memory
 from tuner.model.rope import Rope
 from tuner.model.tokenizer import build_tokenizer
 
@@ -20,6 +21,7 @@ model_path = "internlm/internlm2-7b"  # directory, or name on the Hugging Face h
 weights = "pretrained"  # "pretrained", or "random" to begin from scratch with the model's config.json
 attention = "auto"  # "auto" takes the fastest that runs here; or "flash", "varlen", "sdpa", "eager"
 gradient_checkpointing: bool | int | str = True  # compute again in backward: all; every n-th layer; all but "attention"
+offload_activations = False  # put what gradient checkpointing keeps into the CPU's memory, where the GPU's is too small
 tile_tokens: int | None = 8192  # tokens that feed-forward blocks take at a time, for less memory; None: all
 rope_theta: float | None = None  # base of the rotary embedding, such as 1e6 for 200k tokens; None: the model's own
 rope_scaling: dict | None = None  # {"rope_type": "linear", "dynamic" or "yarn", "factor": 4}; None: the model's own
@@ -107,8 +109,12 @@ model = dict(
         path=model_path,
         weights=weights,
         attention=attention,
-        gradient_checkpointing=gradient_checkpointing,
-        tile_tokens=tile_tokens,
+        memory=dict(
+            type=Memory,
+            gradient_checkpointing=gradient_checkpointing,
+            offload_activations=offload_activations,
+            tile_tokens=tile_tokens,
+        ),
         seed=seed,
     ),
 )
