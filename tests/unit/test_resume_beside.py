@@ -25,7 +25,7 @@ from tuner.engine.runner import Runner
 WAYS = QUICK | MORE
 STRAIGHT, SAVED = "straight", "saved"
 AGAIN = (1, 3, 5)  # steps from which the run goes on
-FIRST_POWER, WINDOW = 33, 2
+FIRST_POWER, WINDOW = 16, 2
 """of the loss scale: so large that the first steps are skipped, and doubled after two that are not"""
 
 

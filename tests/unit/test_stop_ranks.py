@@ -46,7 +46,7 @@ class SignalSecondRank(Hook):
 def runner_of(work_dir: Path, settings: dict[str, str], *, poison: bool = False, **keywords: Any) -> Runner:
     """Its parts are new; ranks drop other units out."""
     build = FullyShard if "fsdp" in settings else build_strategy  # which asks a launcher's variables for it
-    strategy = build(precision="fp32", device="cpu", **settings)
+    strategy = build(device="cpu", **{"precision": "fp32"} | settings)
     rank = dist.get_rank()
     strategy.place(World(rank, 2, rank, 2), build_mesh(strategy.degrees))
     llm = tiny_llm(attention_dropout=0.3)
