@@ -199,7 +199,11 @@ def test_mistakes_are_told_and_nothing_is_written(name: str, tmp_path: Path) -> 
 
 def test_a_llama_that_is_no_internlm2_is_refused(tmp_path: Path) -> None:
     made = convert_to_llama(make_model(tmp_path / "model"), tmp_path / "llama", verify=False)
-    edit(made, mlp_bias=True, rope_scaling={"rope_type": "llama3", "factor": 4.0})
+    edit(made, rope_scaling={"rope_type": "llama3", "factor": 4.0})
+    with pytest.raises(UserError, match=r"config.json.*not right.*high_freq_factor"):
+        convert_to_internlm2(made, tmp_path / "back")
+    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    edit(made, mlp_bias=True, rope_scaling={"rope_type": "llama3", "factor": 4.0, **bounds})
     with pytest.raises(UserError, match=r"mlp_bias.*rope type 'llama3'"):
         convert_to_internlm2(made, tmp_path / "back")
     with pytest.raises(UserError, match=r"type 'llama'.*takes.*'internlm2'"):

@@ -30,6 +30,7 @@ from tuner.convert.sharding import DEFAULT_SHARD_SIZE, write_shards
 from tuner.convert.tensors import total_bytes
 from tuner.convert.tokenizer_files import write_internlm2_companions, write_llama_companions
 from tuner.errors import UserError
+from tuner.model.build import read_config
 from tuner.model.internlm2.configuration import InternLM2Config
 
 
@@ -43,7 +44,8 @@ def convert_to_llama(model: Path, out: Path, *, max_shard_size: int = DEFAULT_SH
     check_absent(out)
     tensors = without_buffers(model_tensors(model))
     settings = read_settings(model, "internlm2", "llama")
-    config = InternLM2Config.from_pretrained(model)
+    config = read_config(str(model))
+    assert isinstance(config, InternLM2Config)
     check_shapes(model, tensors, with_tied_head(internlm2_shapes(config), tensors, "output", "model.tok_embeddings"))
     heads = heads_of(config)
     form = Form(
@@ -59,7 +61,9 @@ def convert_to_internlm2(
     check_absent(out)
     tensors = without_buffers(model_tensors(model))
     settings = read_settings(model, "llama", "internlm2")
-    written = internlm2_settings(LlamaConfig.from_pretrained(model), settings)
+    llama = read_config(str(model))
+    assert isinstance(llama, LlamaConfig)
+    written = internlm2_settings(llama, settings)
     config = InternLM2Config.from_dict(written)
     heads = heads_of(config)
     shapes = with_tied_head(llama_shapes(config), tensors, "lm_head", "model.embed_tokens")

@@ -126,7 +126,7 @@ def _read_config(path: str) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, **known)
     except OSError as error:
         raise UserError(_unreadable(path, error)) from error
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"The config.json of {path!r} is not right: {error}") from error
     architectures = config.architectures or []
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or "InternLM2ForRewardModel" in architectures:
