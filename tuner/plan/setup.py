@@ -30,6 +30,7 @@ class Setup(NamedTuple):
     degrees: Degrees = Degrees()
     checkpointing: Choice = False
     tile_tokens: int | None = None
+    offload_activations: bool = False
     num_accumulation_steps: int = 1
     lora: LoRA | None = None
     optimizer: str = "adamw"
@@ -67,6 +68,7 @@ class Setup(NamedTuple):
             degrees=self.degrees,
             checkpointing=self.checkpointing,
             tile_tokens=self.tile_tokens,
+            offload_activations=self.offload_activations,
             lora=self.lora,
             loss=self.loss,
             kernel="sdpa" if self.on_cpu or not is_lower else "flash",
@@ -101,6 +103,7 @@ def read_setup(config: Any, num_ranks: int, ranks_per_node: int) -> tuple[Setup,
         degrees=degrees,
         checkpointing=memory.get("gradient_checkpointing", False),
         tile_tokens=memory.get("tile_tokens"),
+        offload_activations=memory.get("offload_activations", False),
         num_accumulation_steps=config.train_dataloader.get("num_accumulation_steps", 1),
         lora=lora_of(node.get("adapter")),
         optimizer=config.optim_wrapper["optimizer"].get("kind", "adamw"),

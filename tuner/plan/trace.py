@@ -25,6 +25,7 @@ from tuner.plan.kernels import Edges, register
 from tuner.plan.live import LiveBytes
 
 MIN_LAYERS = 2
+LAYERS_IN_FLIGHT = 2  # whose inputs are on their way to the host, or back
 LONGEST = 32768  # tokens of a rank that are traced as they are
 Loss = Literal["chunked", "naive"]
 
@@ -39,6 +40,7 @@ class Computation(NamedTuple):
     degrees: Degrees = Degrees()
     checkpointing: Choice = False
     tile_tokens: int | None = None
+    offload_activations: bool = False
     lora: LoRA | None = None
     loss: Loss = "chunked"
     kernel: Literal["flash", "sdpa"] = "flash"
@@ -95,20 +97,31 @@ def trace_whole(computation: Computation) -> Activations:
     slope = Phases(*((high - low) / period for low, high in zip(few, more)))
     base = Phases(*(low - MIN_LAYERS * period * step for low, step in zip(few, slope)))
     if choice == ATTENTION:  # its bookkeeping needs addresses, which these tensors have not
-        slope = with_kept_attention(slope, computation)
+        slope = plus(slope, of_attention(computation))
+    if computation.offload_activations:
+        away = of_layer_input(computation) + (of_attention(computation) if choice == ATTENTION else 0)
+        slope, base = plus(slope, -away / period), plus(base, LAYERS_IN_FLIGHT * away)
     return Activations(base, slope)
 
 
-def with_kept_attention(slope: Phases, computation: Computation) -> Phases:
-    """Layers computed again but for their attention: what that keeps comes on top, by formula."""
+def plus(phases: Phases, num_bytes: float) -> Phases:
+    """With so many bytes more wherever what backward needs is alive."""
+    return Phases(*(value + num_bytes for value in phases))._replace(end=phases.end)
+
+
+def of_attention(computation: Computation) -> int:
+    """Bytes that the attention of a layer keeps where it is not computed again: by formula."""
     config = computation.model.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     itemsize = (computation.autocast or computation.weight_dtype).itemsize
-    own = kept_bytes(config.num_attention_heads, head_size, itemsize) * computation.num_tokens
-    own = own // computation.degrees.size
-    return slope._replace(
-        **{name: getattr(slope, name) + own for name in ("forward", "kept", "loss", "head", "backward")}
-    )
+    num_own = computation.num_tokens // computation.degrees.size
+    return kept_bytes(config.num_attention_heads, head_size, itemsize) * num_own
+
+
+def of_layer_input(computation: Computation) -> int:
+    """Bytes that a layer which is computed again keeps: its input, in the precision of the embedding."""
+    num_own = computation.num_tokens // computation.degrees.size
+    return computation.model.get_text_config().hidden_size * computation.weight_dtype.itemsize * num_own
 
 
 def trace_layers(computation: Computation, num_layers: int) -> Phases:

@@ -1,0 +1,219 @@
+"""What `tuner plan` predicts of a rank's memory, beside the peak of steps that are really run here, on CPUs.
+
+Measured is what torch's allocator says: its profiler notes every allocation and release with their bytes, what kernels
+take for themselves included, from before the model is built; the figure is the most that is held during the second
+step, when the optimizer's state is there. Predicted is `tuner.plan.memory.memory_of` of the same setup, without what a
+GPU needs besides. Ranks talk through gloo, whose own buffers are not torch's.
+
+    python benchmarks/plan.py [--only zero]
+"""
+
+import argparse
+import gc
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+NUM_TOKENS, NUM_STEPS = 1024, 2
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+class Case(NamedTuple):
+    """A row: how many ranks, settings of `build_strategy` and `build_llm`, and what else differs."""
+
+    name: str
+    num_ranks: int
+    strategy: Mapping[str, Any]
+    llm: Mapping[str, Any] = {}
+    sizes: Mapping[str, int] = {}
+    num_tokens: int = NUM_TOKENS
+    num_accumulation_steps: int = 1
+    rank_of_lora: int = 0
+    loss: Any = "chunked"
+
+
+FP32, BF16, AGAIN = {"precision": "fp32"}, {"precision": "bf16"}, {"gradient_checkpointing": True}
+CASES = (
+    Case("fp32", 1, FP32),
+    Case("fp32, naive loss", 1, FP32, loss="naive"),
+    Case("fp32, checkpointing", 1, FP32, AGAIN, num_tokens=4096),
+    Case("fp32, checkpointing, tiles of 512", 1, FP32, {**AGAIN, "tile_tokens": 512}, num_tokens=4096),
+    Case("bf16", 1, BF16),
+    Case("fp32, 8 wider layers, 2 micro-batches", 1, FP32, AGAIN, {"hidden_size": 384, "num_hidden_layers": 8},
+         num_accumulation_steps=2),
+    Case("fp32, LoRA of rank 8", 1, FP32, rank_of_lora=8),
+    Case("2 ranks, DDP", 2, FP32, num_tokens=512),
+    Case("2 ranks, DDP, sp 2", 2, {**FP32, "sequence_parallel_size": 2}),
+    Case("2 ranks, zero1", 2, {**FP32, "deepspeed": "zero1"}, AGAIN),
+    Case("2 ranks, zero2, bf16", 2, {**BF16, "deepspeed": "zero2"}, AGAIN),
+    Case("2 ranks, zero3", 2, {**FP32, "deepspeed": "zero3"}, AGAIN),
+    Case("2 ranks, zero3, bf16, sp 2", 2, {**BF16, "deepspeed": "zero3", "sequence_parallel_size": 2}, AGAIN),
+    Case("2 ranks, FSDP2", 2, {**FP32, "fsdp": "full"}, AGAIN),
+)  # fmt: skip
+
+
+def measure(cases: tuple[Case, ...]) -> list[int]:
+    """Peak bytes of this rank in the second step of each case."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    return [peak_of(case, rank, size) for case in cases]
+
+
+def peak_of(case: Case, rank: int, size: int) -> int:
+    """Of one case."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    gc.collect()
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(case, directory)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            strategy = start(case, directory, rank, size)
+            torch.manual_seed(rank)
+            ids = torch.randint(0, SIZES["vocab_size"], (1, case.num_tokens))
+            batch = {
+                "input_ids": ids,
+                "labels": ids.clone(),
+                "position_ids": torch.arange(case.num_tokens)[None],
+                "cu_seqlens": torch.tensor([0, case.num_tokens], dtype=torch.int32),
+                "max_seqlen": case.num_tokens,
+                "num_loss_tokens": float(case.num_tokens * size * case.num_accumulation_steps),
+            }
+            for step in range(NUM_STEPS):
+                with record_function(f"step {step}"):
+                    strategy.train_step([batch] * case.num_accumulation_steps)
+            del strategy
+    return peak_in(profiled.profiler.kineto_results.events(), f"step {NUM_STEPS - 1}")
+
+
+def start(case: Case, directory: str, rank: int, size: int) -> Any:
+    """The strategy with its model, as training makes them."""
+    from torch.optim import AdamW
+
+    from tuner.engine.schedule import WarmupCosine
+    from tuner.engine.strategies import build_strategy
+    from tuner.engine.world import World
+    from tuner.method.sft import SFT
+    from tuner.model.adapter import LoRA
+    from tuner.model.build import build_llm
+    from tuner.model.memory import Memory
+    from tuner.parallel.mesh import build_mesh
+    from tuner.plan.trace import loss_of
+
+    class Naive(SFT):
+        """All logits at once."""
+
+        def forward(self, input_ids: Any, labels: Any, num_loss_tokens: float, **batch: Any) -> dict[str, Any]:  # type: ignore[override]
+            hidden = self.llm.get_decoder()(input_ids=input_ids, use_cache=False, **batch).last_hidden_state[0]
+            return {"loss": loss_of(hidden, self.llm.get_output_embeddings().weight, labels[0], "naive")}
+
+    strategy = build_strategy(device="cpu", **case.strategy)
+    strategy.place(World(rank, size, rank, size), build_mesh(strategy.degrees))
+    adapter = LoRA(rank=case.rank_of_lora) if case.rank_of_lora else None
+    llm = build_llm(
+        directory,
+        weights="random",
+        attention="sdpa",
+        hold=strategy.holder(),
+        adapter=adapter,
+        memory=Memory(**case.llm),
+    )
+    method = (Naive if case.loss == "naive" else SFT)(llm)
+    if strategy.degrees.size > 1:
+        method.cut_sequences(strategy.mesh)
+    schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
+    wrapper = {"optimizer": {"type": AdamW, "lr": 1e-3}, "clip_grad": {"max_norm": 1.0}}
+    strategy.prepare(method, optim_wrapper=wrapper, param_scheduler=schedule, num_steps=10)
+    return strategy
+
+
+def peak_in(events: Any, name: str) -> int:
+    """The most bytes held while the range `name` ran."""
+    began, ended = next(
+        (event.start_ns(), event.start_ns() + event.duration_ns()) for event in events if event.name() == name
+    )
+    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = peak = 0
+    for when, num_bytes in moves:
+        held += num_bytes
+        if began <= when <= ended:
+            peak = max(peak, held)
+    return peak
+
+
+def write_model(case: Case, directory: str) -> Any:
+    """The config.json of a case."""
+    from tuner.model.internlm2.configuration import InternLM2Config
+
+    config = InternLM2Config(**{**SIZES, **case.sizes}, architectures=["InternLM2ForCausalLM"])
+    config.save_pretrained(directory)
+    return config
+
+
+def predict(case: Case) -> Any:
+    """What the plan says of a case."""
+    from tuner.model.adapter import LoRA
+    from tuner.model.internlm2.configuration import InternLM2Config
+    from tuner.parallel.mesh import read_degrees
+    from tuner.plan.memory import memory_of
+    from tuner.plan.setup import Setup
+
+    strategy, llm = case.strategy, case.llm
+    return memory_of(
+        Setup(
+            model=InternLM2Config(**{**SIZES, **case.sizes}),
+            num_tokens=case.num_tokens,
+            num_ranks=case.num_ranks,
+            ranks_per_node=case.num_ranks,
+            holding="fsdp" if "fsdp" in strategy else strategy.get("deepspeed", "none"),
+            precision=strategy["precision"],
+            degrees=read_degrees(strategy.get("sequence_parallel_size", 1)),
+            checkpointing=llm.get("gradient_checkpointing", False),
+            tile_tokens=llm.get("tile_tokens"),
+            num_accumulation_steps=case.num_accumulation_steps,
+            lora=LoRA(rank=case.rank_of_lora) if case.rank_of_lora else None,
+            loss=case.loss,
+            on_cpu=True,
+        )
+    )
+
+
+def compare(cases: tuple[Case, ...]) -> list[tuple[Case, Any, int]]:
+    """Each case with what is predicted of it and what is measured, the largest of its ranks."""
+    from tuner.prove.processes import on_ranks
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    measured: dict[str, int] = {}
+    for num_ranks in sorted({case.num_ranks for case in cases}):
+        chosen = tuple(case for case in cases if case.num_ranks == num_ranks)
+        found = on_ranks(num_ranks, measure, chosen, timeout=600)
+        measured |= {case.name: max(peaks) for case, *peaks in zip(chosen, *found)}
+    return [(case, predict(case), measured[case.name]) for case in cases]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name has this")
+    only = parser.parse_args().only
+    print(f"{'case':42}{'predicted':>12}{'measured':>12}{'ratio':>8}   peak in the")
+    for case, memory, measured in compare(tuple(case for case in CASES if only in case.name)):
+        predicted = memory.peak.total
+        print(f"{case.name:42}{predicted / 1e6:9.1f} MB{measured / 1e6:9.1f} MB{predicted / measured:8.3f}   ", end="")
+        print(memory.peak_phase, flush=True)
+
+
+if __name__ == "__main__":
+    main()
