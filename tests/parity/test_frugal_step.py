@@ -19,7 +19,9 @@ from tuner.model.adapter import LoRA, attach
 from tuner.model.checkpointing import ATTENTION, Choice, choice_of, enable_gradient_checkpointing, kept_bytes
 from tuner.model.fingerprint import Base
 from tuner.model.internlm2.configuration import InternLM2Config
+from tuner.model.memory import Memory
 from tuner.model.tiles import Tiled, tile
+from tuner.plan.live import LiveBytes
 
 SIZES = {
     "vocab_size": 60,
@@ -297,3 +299,34 @@ def test_offloading_changes_no_bit_and_leaves_nothing_on_the_host(choice: Choice
     assert seen[-1] == pytest.approx(3 * NUM_TOKENS * kept_bytes(choice, 64, attention), rel=0.05)
     gc.collect()
     assert memory.host_bytes == 0
+
+
+def peak_of_a_step(num_tokens: int, document: int, **settings: Any) -> int:
+    """Bytes of living tensors, weights left out."""
+    llm = make_llm("internlm2", torch.float32)
+    Memory(**settings).save(llm)
+    method, ids = SFT(llm), torch.zeros(1, num_tokens, dtype=torch.int64)
+    edges = torch.arange(0, num_tokens + 1, document, dtype=torch.int32)
+    counter = LiveBytes()
+    counter.ignore(list(llm.parameters()))
+    with counter:
+        method(ids, ids, torch.arange(num_tokens)[None] % document, edges, document, num_tokens)["loss"].backward()
+    return counter.peak
+
+
+def test_memory_grows_linearly_and_each_setting_saves_what_it_is_for() -> None:
+    found = {}
+    for name, settings in {
+        "all": {},
+        "layers again": {"gradient_checkpointing": True},
+        "attention kept": {"gradient_checkpointing": ATTENTION},
+        "tiles": {"gradient_checkpointing": True, "tile_tokens": 256},
+    }.items():
+        for documents in (1, 4) if name == "tiles" else (4,):  # a long one, or short ones
+            peaks = [peak_of_a_step(length, length // documents, **settings) for length in (1024, 2048, 3072)]
+            assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.03), (name, documents)
+            found[name] = (peaks[2] - peaks[1]) / 1024
+    assert found["tiles"] < 0.75 * found["layers again"] < 0.4 * found["all"]
+    kept = found["attention kept"] - found["layers again"]
+    # SDPA's copies of several documents; of the layer that is computed again they are there either way
+    assert kept == pytest.approx(2 * 2 * (8 * 8 * 4) + 2 * 8 * 4, rel=0.1)
