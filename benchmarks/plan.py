@@ -74,7 +74,7 @@ def measure(cases: tuple[Case, ...]) -> list[int]:
 def peak_of(case: Case, rank: int, size: int) -> int:
     """Of one case."""
     import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
     with tempfile.TemporaryDirectory() as directory:
@@ -92,10 +92,17 @@ def peak_of(case: Case, rank: int, size: int) -> int:
                 "num_loss_tokens": float(case.num_tokens * size * case.num_accumulation_steps),
             }
             for step in range(NUM_STEPS):
-                with record_function(f"step {step}"):
-                    strategy.train_step([batch] * case.num_accumulation_steps)
+                take_step(strategy, [batch] * case.num_accumulation_steps, f"step {step}")
             del strategy
     return peak_in(profiled.profiler.kineto_results.events(), f"step {NUM_STEPS - 1}")
+
+
+def take_step(strategy: Any, batches: list[dict[str, Any]], name: str) -> None:
+    """Take one, which the profile then has by this name."""
+    from torch.profiler import record_function
+
+    with record_function(name):
+        strategy.train_step(batches)
 
 
 def start(case: Case, directory: str, rank: int, size: int) -> Any:
