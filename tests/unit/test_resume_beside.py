@@ -25,8 +25,8 @@ from tuner.engine.runner import Runner
 WAYS = QUICK | MORE
 STRAIGHT, SAVED = "straight", "saved"
 AGAIN = (1, 3, 5)  # steps from which the run goes on
-FIRST_POWER, WINDOW = 16, 2
-"""of the loss scale: so large that the first steps are skipped, and doubled after two that are not"""
+FIRST_POWER, WINDOW = 17, 1
+"""of the loss scale: about what gradients bear, and doubled after each step, so that some are skipped"""
 
 
 def with_workers(runner: Runner) -> Runner:
@@ -100,7 +100,6 @@ def test_the_loss_scale_has_moved_both_ways_by_then(trained: Path, way: str):
     """Else a scale that is lost would not have shown."""
     skips = [row["skipped"] for row in rows(trained / way / STRAIGHT)]
     scales = [scaler(trained / way / SAVED, step)["scale"] for step in range(1, 7)]
-    assert skips[0] == "overflow", (skips, scales)
-    assert None in skips
-    assert scales[0] == 2.0 ** (FIRST_POWER - 1)
+    assert {"overflow", None} <= set(skips), (skips, scales)
+    assert any(later < earlier for earlier, later in pairwise(scales)), (skips, scales)
     assert any(later > earlier for earlier, later in pairwise(scales)), (skips, scales)
