@@ -14,7 +14,7 @@ from tuner.configs.adapter_rules import wrong_adapters
 from tuner.configs.options import NAMED, parameters
 from tuner.configs.rope_rules import warn_of_length, wrong_rope
 from tuner.configs.strategy_rules import complaints, wrong_cut, wrong_deepspeed, wrong_fsdp, wrong_sharing
-from tuner.dataset.build import StreamedDataset, build_dataloader, build_shards, build_stream
+from tuner.dataset.build import StageShards, StreamedDataset, build_dataloader, build_shards, build_stream
 from tuner.dataset.documents import ON_BAD_ROW, TOO_LONG
 from tuner.dataset.format_choice import mistake_in
 from tuner.dataset.hub import PREFIX as HUB_PREFIX
@@ -23,6 +23,8 @@ from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.rendering import LOSS_ON
 from tuner.dataset.sampler import ENDLESS
 from tuner.dataset.sources import expand, parse_entry
+from tuner.dataset.staged import NEED_MAX_STEPS
+from tuner.dataset.stages import read_stages
 from tuner.dataset.streaming import refuse_weights
 from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.demo.files import PREFIX
@@ -173,7 +175,7 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
         values += [(f"{node.path}.{name}", value) for name, value in node.values.items()]
     problems += wrong_values(values)
     problems += wrong_data_files(nodes)
-    problems += wrong_streams(nodes)
+    problems += wrong_streams(nodes) + wrong_stages(parts)
     problems += wrong_models(nodes)
     problems += complaints(check_together, [node.values for node in nodes if node.type is build_llm])
     known = {node.path: node.values for node in nodes if is_known(node)}
@@ -269,7 +271,12 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
 
 def wrong_data_files(nodes: list[Node]) -> list[str]:
     """Data files that are missing, empty or unreadable; those of the demo and the hub are made when they are opened."""
-    entries = data_entries(nodes, (build_shards, build_stream))
+    return wrong_entries(data_entries(nodes, (build_shards, build_stream, StageShards)))
+
+
+def wrong_entries(paths: list[Any]) -> list[str]:
+    """What is wrong with the files that data_path, in a recipe or a stage, names."""
+    entries = [entry for path in paths for entry in ([path] if isinstance(path, (str, Mapping)) else path)]
     found = complaints(parse_entry, entries)
     names = [] if found else [name for entry in entries for name in parse_entry(entry).paths]
     found += complaints(parse_hub_name, [name for name in names if name.startswith(HUB_PREFIX)])
@@ -290,6 +297,24 @@ def wrong_streams(nodes: list[Node]) -> list[str]:
     problems = [ENDLESS for values in streamed if values.get("max_steps") is None]
     entries = [entry for entry in data_entries(nodes, (build_stream,)) if not complaints(parse_entry, [entry])]
     return problems + complaints(refuse_weights, [entries])
+
+
+def wrong_stages(parts: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the stages of a run, by themselves and beside its other settings."""
+    loader = parts.get("train_dataloader") or {}
+    stages = loader.get("stages")
+    if stages is None:
+        return []
+    problems = complaints(read_stages, [stages])
+    if loader.get("max_steps") is None:
+        problems.append(NEED_MAX_STEPS)
+    if parts.get("streaming"):
+        problems.append("stages and streaming = True do not go together: a share needs data that is counted. Drop one.")
+    if not problems:
+        ropes = [{"theta": stage.get("rope_theta"), "scaling": stage.get("rope_scaling")} for stage in stages]
+        problems += [f"stages[{place}]: {text}" for place, rope in enumerate(ropes) for text in wrong_rope(rope)]
+        problems += wrong_entries([stage["data_path"] for stage in stages if stage.get("data_path") is not None])
+    return problems
 
 
 def wrong_models(nodes: list[Node]) -> list[str]:

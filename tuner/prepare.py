@@ -2,7 +2,9 @@
 
 from tuner.check import DATA_PARTS, check
 from tuner.config import loads
+from tuner.dataset.staged import StagedDataset
 from tuner.engine.assemble import Assembly
+from tuner.engine.stages import told_shares
 
 
 def prepare(source: str, *, name: str = "config.py") -> None:
@@ -20,4 +22,6 @@ def prepare(source: str, *, name: str = "config.py") -> None:
     config = loads(source, name)
     check(config, DATA_PARTS)
     dataloader = Assembly(config).build(config.train_dataloader)
+    if isinstance(dataloader.dataset, StagedDataset):
+        print(told_shares(dataloader.dataset))
     print(f"{len(dataloader.sampler):,} optimizer steps on one rank. The data is ready for `tuner train {name}`.")

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tuner.check import check
 from tuner.config import loads
 from tuner.configs import literals
+from tuner.dataset.staged import StagedDataset
 from tuner.engine.assemble import Assembly
 from tuner.engine.checkpoint import write_text_atomically
 from tuner.engine.loop import RANK_TIMEOUT, documents_of_rank
@@ -22,6 +23,7 @@ from tuner.engine.machine import set_num_threads
 from tuner.engine.randomness import seed_everything
 from tuner.engine.runner import Parts, Runner, RunRecord
 from tuner.engine.sameness import compare_ranks, own_facts
+from tuner.engine.stages import StagedRope, StagedSchedule, told_shares
 from tuner.engine.strategy import Strategy
 from tuner.engine.together import from_first
 from tuner.engine.watch import Patience, watched
@@ -31,7 +33,7 @@ from tuner.errors import StoppedError, UserError
 from tuner.masking import mask_source
 from tuner.model.build import build_llm
 from tuner.model.hollow import Hold
-from tuner.model.rope import Rope, own_rope, set_rope
+from tuner.model.rope import Rope
 from tuner.model.tokenizer import check_vocabulary
 from tuner.parallel.mesh import Layout, arrange, build_mesh
 
@@ -70,6 +72,8 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
             runner.train()
         if world.is_first:
             save_ledger(prepared.dataloader, work_dir)  # a stream's has grown
+            if isinstance(prepared.dataloader.dataset, StagedDataset):
+                print(told_shares(prepared.dataloader.dataset), flush=True)
     if runner.train_loop.stopped_by:
         raise StoppedError(runner.train_loop.stopped_by)
     return work_dir
@@ -166,19 +170,22 @@ def build_runner(
         save_ledger(dataloader, work_dir)
     model = assembly.build(with_holder(config.model, strategy.holder()))
     check_vocabulary(tokenizer, model.llm)
-    rope = assembly.build(config.get("rope")) or Rope()
-    if not rope.is_own:
-        set_rope(model.llm, own_rope(model.llm.config), rope)
+    rope = StagedRope(model.llm, assembly.build(config.get("rope")) or Rope(), dataloader.dataset)
+    rope.enter(0)
+    schedule = assembly.build(config.param_scheduler)
+    if isinstance(dataloader.dataset, StagedDataset):
+        schedule = StagedSchedule(schedule, dataloader.dataset)
     if strategy.degrees.size > 1:
         model.cut_sequences(strategy.mesh)
     parts = Parts(
         model=model,
         dataloader=dataloader,
         optim_wrapper=config.optim_wrapper,
-        schedule=assembly.build(config.param_scheduler),
+        schedule=schedule,
         strategy=strategy,
         train_cfg=config.train_cfg,
         hooks=assembly.build(config.get("custom_hooks", [])),
+        rope=rope,
     )
     record = RunRecord(source, json.loads(json.dumps(settings)), tokenizer, settings.get("chat_template"))
     # what building drew depends on the model's code, and what training draws should not; ranks drop other units
@@ -202,5 +209,8 @@ def with_holder(model: Any, hold: Hold | None) -> Any:
 
 def save_ledger(dataloader: DataLoader, work_dir: Path) -> None:
     """Where every token went, beside the run that used them."""
-    ledger = dataloader.dataset.ledger.to_dict() | {"sources": dataloader.dataset.contributions}
+    dataset = dataloader.dataset
+    ledger = dataset.ledger.to_dict() | {"sources": dataset.contributions}
+    if isinstance(dataset, StagedDataset):
+        ledger["stages"] = dataset.achieved()
     write_text_atomically(work_dir / "ledger.json", json.dumps(ledger, ensure_ascii=False, indent=1) + "\n")

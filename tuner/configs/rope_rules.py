@@ -31,7 +31,9 @@ def warn_of_length(config: Mapping[str, Any]) -> None:
         paths = list(model_paths(config.get("model")))
     except ImportError:
         return  # preparing data needs none of the model's parts
-    for path in paths if type(length) is int else ():
+    if not isinstance(length, int):
+        return
+    for path in paths:
         try:
             rope = Rope(given.get("theta"), given.get("scaling"), length)
             text = beyond_reach(replace_rope(own_rope(read_config(path)), rope), length)

@@ -32,6 +32,7 @@ class CurvesHook(Hook):
         if not rows:
             return
         columns = {name: [math.nan if row[name] is None else row[name] for row in rows] for name in ("step", *CURVES)}
+        columns["borders"] = [after["step"] for row, after in pairwise(rows) if row.get("stage") != after.get("stage")]
         columns["skipped"] = [row["step"] for row in rows if row["skipped"]]
         picture = path.with_name("curves.png")
         draw(columns, picture)
@@ -42,7 +43,7 @@ class CurvesHook(Hook):
 
 
 def draw(columns: dict[str, list[float]], path: Path) -> None:
-    """Four curves over the steps in one PNG, with a mark where a step was skipped."""
+    """Four curves over the steps in one PNG, with marks where a step was skipped and a stage began."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second of start-up that only the end needs
     from matplotlib.figure import Figure
 
@@ -53,6 +54,8 @@ def draw(columns: dict[str, list[float]], path: Path) -> None:
         axes.plot(columns["step"], columns[name], linewidth=1)
         for step in columns["skipped"]:
             axes.axvline(step, color="tab:red", alpha=0.3, linewidth=1)
+        for step in columns.get("borders", ()):
+            axes.axvline(step, color="tab:gray", linestyle="--", linewidth=1)
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)

@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader
 
 from tuner.dataset.group_signals import held_back
 from tuner.dataset.sampler import StepPlan
+from tuner.dataset.staged import StagedDataset
 from tuner.engine.bad_steps import Action, BadSteps
 from tuner.engine.checkpoint import list_checkpoints, write_text_atomically
 from tuner.engine.frame import BaseLoop
 from tuner.engine.progress import DATA, HOOKS
 from tuner.engine.randomness import random_state_kept
+from tuner.engine.stages import border
 from tuner.engine.stop import Stop, reason
 from tuner.engine.strategy import Batch, RefusedStepError, SpikeError, StepResult
 from tuner.engine.together import gather_objects
@@ -81,6 +83,7 @@ class TrainLoop(BaseLoop):
             while strategy.step < self.num_steps and not self.stopped_by:
                 started = time.perf_counter()
                 strategy.progress.enter(DATA, step=strategy.step + 1)
+                self._enter_stage()
                 batches = next(iterator)
                 if strategy.world.size > 1:
                     strategy.progress.documents = self._first_documents(strategy.step)
@@ -97,6 +100,20 @@ class TrainLoop(BaseLoop):
                 self.runner.call_hook("before_stop")
             self.runner.call_hook("after_train")
             self._tell_stop()
+
+    def _enter_stage(self) -> None:
+        """Turn as the stage of the step to come says, on each rank; say it where one begins."""
+        step = self.runner.strategy.step
+        self.runner.enter_stage(step)
+        if (text := border(self.dataloader.dataset, step, self.runner.rope_base)) is not None:
+            self._say(text)
+
+    def stage_columns(self) -> dict[str, int]:
+        """Of the last step, the stage, counted from 1; nothing in a run without stages."""
+        dataset = self.dataloader.dataset
+        if not isinstance(dataset, StagedDataset):
+            return {}
+        return {"stage": dataset.place(max(self.runner.strategy.step - 1, 0)) + 1}
 
     def _batches(self) -> Iterator[Sequence[Batch]]:
         """This rank's micro-batches of the steps to come."""

@@ -107,6 +107,7 @@ class MetricsHook(Hook):
             "step": done,
             "num_steps": num_steps,
             "epoch": loop.epoch,
+            **loop.stage_columns(),
             "loss": finite(result.loss),
             "lr": result.lr,
             "grad_norm": finite(result.grad_norm),

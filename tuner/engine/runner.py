@@ -17,6 +17,7 @@ from tuner.engine.frame import FlexibleRunner, Hook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.schedule import WarmupCosine
 from tuner.engine.snapshot import hf_files, load_snapshot
+from tuner.engine.stages import StagedRope
 from tuner.engine.strategy import Strategy
 from tuner.engine.together import from_first
 from tuner.engine.work_dir import first_whole
@@ -45,6 +46,7 @@ class Parts:
     strategy: Strategy
     train_cfg: dict[str, Any]
     hooks: Sequence[Hook]
+    rope: StagedRope | None = None
 
 
 class Runner(FlexibleRunner):
@@ -58,6 +60,7 @@ class Runner(FlexibleRunner):
         self.checkpoints = checkpoints
         self.run = uuid.uuid4().hex  # a resumed run is the one that it goes on with
         self.loop_node = parts.train_cfg
+        self._rope = parts.rope
         strategy = parts.strategy
         # the names under which FlexibleRunner asks a strategy for its own fields
         strategy._experiment_name = strategy._timestamp = work_dir.name
@@ -104,6 +107,16 @@ class Runner(FlexibleRunner):
         if self.checkpoints:
             load_snapshot(self, first_whole(self.checkpoints, Path(self.work_dir), self.strategy.world))
 
+    def enter_stage(self, step: int) -> None:
+        """Turn as the stage of a step, counted from 0, says; what is saved from then on says so, too."""
+        if self._rope is not None and self._rope.enter(step):
+            self.__dict__.pop("hf_files", None)
+
+    @property
+    def rope_base(self) -> float | None:
+        """Of the stage under way; None where the run leaves it to the model."""
+        return None if self._rope is None else self._rope.base()
+
     def go_back(self) -> bool:
         """Be again where the newest whole checkpoint is; False, and nothing changes, where there is none."""
         self.call_hook("before_rollback")
@@ -118,7 +131,7 @@ class Runner(FlexibleRunner):
 
     @cached_property
     def hf_files(self) -> dict[str, bytes]:
-        """What a checkpoint has of a Hugging Face directory, by name; the same in all of them."""
+        """What a checkpoint has of a Hugging Face directory, by name; the same in all of them of a stage."""
         return hf_files(self.model.get_submodule("llm"), self.record)
 
     def build_visualizer(self, visualizer: None = None) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # settings that decide which tokens are in which step: a resumed run with others would be a third run, neither of two
 DATA_SETTINGS = (
     "data_format", "chat_template", "loss_on", "train_newline", "parallel_tool_calls", "max_length", "too_long",
-    "on_bad_row", "pack", "streaming", "seed",
+    "on_bad_row", "pack", "streaming", "seed", "stages",
 )  # fmt: skip
 # settings that change nothing which is computed; of the data it is the content that counts, not the path
 FREE_SETTINGS = (
@@ -115,6 +115,7 @@ def load_snapshot(runner: "Runner", checkpoint: Path) -> None:
         UserError: another model, another tokenizer, other data.
     """
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    runner.enter_stage(max(0, read_manifest(checkpoint)["step"] - 1))
     compare_facts(state, runner, checkpoint)
     compare_settings(state["settings"], runner.record.settings, checkpoint)
     compare_packs_per_step(state["packs_per_step"], runner, checkpoint)

@@ -20,6 +20,7 @@ SCALINGS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", ORIGINAL, *YARN_KEYS),
 }
 """types of scaling, and what each takes beside its type; "default" takes away what the model has"""
+KEPT = ("rope_theta", "partial_rotary_factor")  # whatever the scaling
 USUAL_FACTOR = 2.0  # of dynamic NTK, as InternLM2 was published with it
 BY_LENGTH = ("dynamic", "longrope")  # types that turn a document otherwise by how long it, or its batch, is
 
@@ -120,7 +121,7 @@ def replace_rope(own: OwnRope, rope: Rope) -> OwnRope:
     if rope.scaling is None:
         return own._replace(parameters=parameters, max_position_embeddings=max(longest, length))
     original = rope.scaling.get(ORIGINAL) or parameters.get(ORIGINAL) or longest
-    kept = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    kept: dict[str, Any] = {name: parameters[name] for name in KEPT if name in parameters}
     scaling = {name: value for name, value in rope.scaling.items() if name not in ("rope_type", "length")}
     kind = rope.scaling["rope_type"]
     if kind == "linear":

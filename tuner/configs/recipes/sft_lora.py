@@ -4,7 +4,15 @@ The settings come first; the assembly below uses each of them, so what is derive
 `tuner train THIS_FILE lr=1e-5` replaces a setting for one run.
 """
 
-from tuner.dataset.build import PackedDataset, StreamedDataset, build_dataloader, build_shards, build_stream
+from tuner.dataset.build import (
+    PackedDataset,
+    StageDatasets,
+    StageShards,
+    StreamedDataset,
+    build_dataloader,
+    build_shards,
+    build_stream,
+)
 from tuner.dataset.rendering import Rendering
 from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
 from tuner.engine.loop import TrainLoop
@@ -57,6 +65,7 @@ too_long = "truncate"  # what happens to a longer conversation: "truncate", "spl
 on_bad_row = "raise"  # a row that cannot be read: "raise" stops, "skip" counts it and writes it to a file
 pack = True  # put several conversations into one pack, where they cannot see each other
 streaming = False  # True tokenises while training goes on, for sets too large to do so first; needs max_steps
+stages: list[dict] | None = None  # [{"max_length": 4096, "share": 0.9}, ...]: lengths, data, RoPE and lr that change
 cache_dir: str | None = None  # where tokenised data is kept; None is $TUNER_CACHE or ~/.cache/tuner
 
 # settings: the optimisation
@@ -91,9 +100,9 @@ sample_prompts = ["请介绍一下你自己。", "What can you help me with?"]  
 tokenizer = dict(type=build_tokenizer, path=model_path)
 
 train_dataset = dict(
-    type=StreamedDataset if streaming else PackedDataset,
+    type=StageDatasets if stages else StreamedDataset if streaming else PackedDataset,
     shards=dict(
-        type=build_stream if streaming else build_shards,
+        type=StageShards if stages else build_stream if streaming else build_shards,
         path=data_path,
         data_format=data_format,
         chat_template=dict(
@@ -117,6 +126,7 @@ train_dataset = dict(
 train_dataloader = dict(
     type=build_dataloader,
     dataset=train_dataset,
+    stages=stages,
     num_accumulation_steps=num_accumulation_steps,
     num_epochs=num_epochs,
     max_steps=max_steps,
