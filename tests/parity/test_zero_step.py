@@ -298,6 +298,7 @@ def note_dtypes(method: SFT) -> None:
 def look_closer() -> dict[str, dict[str, Any]]:
     claims = {"poison": poison_a_rank, "overflow": overflow, "halves": compute_in_halves}
     found = {name: {stage: claim(stage) for stage in ("zero2", "zero3")} for name, claim in claims.items()}
+    found["halves"]["zero1"] = compute_in_halves("zero1")
     found |= {"divided": {"zero3": divide_by_ranks(Case("zero3"))}}
     return found | {"same": compare_all(TWO_RANKS)}
 
@@ -337,12 +338,19 @@ def test_fp16_halves_its_scale_where_the_gradient_overflows(found, stage):
         assert scales[-1] == 2.0 ** (22 - sum(skipped))
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights_and_state(found, stage):
     for seen in (rank["halves"][stage] for rank in found):
         assert seen["activations"] == {torch.bfloat16}
         assert seen["masters"] == {seen["state"]} == {torch.float32}
         assert seen["losses"][-1] < 0.97 * seen["losses"][0]
+
+
+def test_bf16_makes_the_same_steps_at_every_stage(found):
+    for rank in found:
+        losses = {stage: seen["losses"] for stage, seen in rank["halves"].items()}
+        assert losses["zero1"] == pytest.approx(losses["zero2"], rel=1e-5)
+        assert losses["zero3"][:4] == pytest.approx(losses["zero2"][:4], rel=3e-3)
 
 
 def take_in(directory: str, precision: str, sequence_parallel: int) -> tuple[dict[str, bool], float, list[str]]:

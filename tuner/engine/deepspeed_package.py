@@ -4,13 +4,14 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tuner.engine.world import BACKENDS, World
 from tuner.engine.zero_config import Settings, zero_config
@@ -43,6 +44,27 @@ def load_deepspeed() -> ModuleType:
     if not torch.cuda.is_available():
         importlib.import_module("deepspeed.ops").__compatible_ops__[SHARED_MEMORY] = False
     return deepspeed
+
+
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Any:
+    """DeepSpeed's engine, with its ZeRO optimizer at every stage and in every precision.
+
+    For stage 1 in bf16 with gradients in fp32 `initialize` takes its `BF16_Optimizer`, another class, which sums into a
+    second whole set of fp32 gradients and has none of the other's fields. The ZeRO optimizer sums in fp32 as well, and
+    does so for fp16 at that stage.
+    """
+    engine = importlib.import_module("deepspeed.runtime.engine")
+    choose = engine.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose_zero(self: Any, basic_optimizer: torch.optim.Optimizer) -> str:
+        chosen = choose(self, basic_optimizer)
+        return engine.ZERO_OPTIMIZATION if chosen == engine.BFLOAT16 else chosen
+
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
+    try:
+        return load_deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
+    finally:
+        engine.DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def join_alone(world: World, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tuner.engine.build_locks import wait_for_builds
-from tuner.engine.deepspeed_package import join_alone, known_keys, load_deepspeed
+from tuner.engine.deepspeed_package import build_engine, join_alone, known_keys, load_deepspeed
 from tuner.engine.optimizer import build_optimizer, is_state
 from tuner.engine.precision import PRECISIONS
 from tuner.engine.schedule import WarmupCosine
@@ -90,7 +90,7 @@ class Zero(Strategy):
         if self._calls is not None:
             self._calls.remove()
         exact = {} if self._calls is not None else rounded_weights(llm, PRECISIONS[self.precision])
-        self.engine = load_deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
+        self.engine = build_engine(model, optimizer, config)
         self.optimizer = self.engine.optimizer
         self.tensors: SpreadTensors = (Flat if self.stage < 3 else Partitioned)(self.optimizer)
         self._restore_rounded(exact)
