@@ -62,11 +62,11 @@ def settings_of(directory: Path, **others: Any) -> dict[str, Any]:
     } | others  # fmt: skip
 
 
-def build(directory: Path, name: str, checkpoint: Path | None, **settings: Any) -> Runner:
+def build(directory: Path, name: str, checkpoint: Path | None, recipe: str = "sft_full", **settings: Any) -> Runner:
     """What `train` builds in a process of a group."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
-    source, world = render("internlm2_tiny-sft_full", settings_of(directory, **settings)), read_world()
+    source, world = render(f"internlm2_tiny-{recipe}", settings_of(directory, **settings)), read_world()
     source = source.replace("prompts=sample_prompts)", "prompts=sample_prompts, max_new_tokens=6)")
     source = source.replace("    dict(type=CurvesHook),\n", "")  # a second for each picture
     config = loads(source, name)

@@ -165,7 +165,7 @@ def by_definition(model: Any) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **gradients}
 
 
-QUICK = [("internlm2", "lora"), ("internlm2", "dora"), ("llama", "rslora"), ("llama", "head"), ("llama", "saved")]
+QUICK = [("internlm2", "lora"), ("internlm2", "dora"), ("llama", "rslora"), ("llama", "head")]
 OTHERS = [("internlm2", "rslora"), *(("llama", name) for name in VARIANTS if ("llama", name) not in QUICK)]
 
 
