@@ -69,7 +69,7 @@ def test_a_right_config_passes_and_nothing_is_built(good: dict[str, object], mon
         ("weights", "pretraind", "one of pretrained, random"),
         ("too_long", "trunkate", "one of truncate, split, drop"),
         ("on_bad_row", "ignore", "one of raise, skip"),
-        ("gradient_checkpointing", 0.5, "True, False, every n-th layer, or 'attention'"),
+        ("gradient_checkpointing", -1, "True, False, every n-th layer, or 'attention'"),
         ("tile_tokens", 0, "a whole number from 1 or None"),
         ("data_format", "preference", "No method trains on preference pairs yet"),
         ("data_format", "no_such_module:to_sample", "such as my_rows:to_sample"),
@@ -223,3 +223,12 @@ def test_weights_of_4_bits_are_not_cut(strategy: dict[str, object], works: bool,
     found = problems(good | strategy, recipe="internlm2_7b-sft_qlora")
     assert found == "" if works else "quantise='nf4' (QLoRA) and " in found
     assert works or "Set quantise=None" in found
+
+
+def test_an_adapter_takes_its_rotary_embedding_from_the_base(good: dict[str, object]):
+    recipe = "internlm2_7b-sft_lora"
+    assert problems(good, recipe=recipe) == ""
+    turned = "\nfrom tuner.model.rope import Rope\nrope = dict(type=Rope, theta=1e6, scaling=None, length=8)\n"
+    assert problems(good, recipe=recipe, tail=turned).startswith("rope_theta: an adapter is saved without a config")
+    stages = [{"max_length": 4096, "share": 1.0, "rope_theta": 1e6}]
+    assert "rope_theta: an adapter" in problems(good | {"stages": stages, "max_steps": 9}, recipe=recipe)

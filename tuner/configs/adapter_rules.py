@@ -35,11 +35,25 @@ def wrong_adapters(adapters: Collection[Mapping[str, Any]], parts: Mapping[str, 
             f"{strategy['deepspeed']!r} leaves no rank a whole one. Set deepspeed='zero2', or fsdp='full' in its "
             "place, or lora_variant='rslora'."
         )
+    if adapters and (names := rope_settings(parts)):
+        problems.append(
+            f"{', '.join(names)}: an adapter is saved without a config.json, so that nobody who loads it on its base "
+            "would turn as it was trained to. Copy the base, write the rotary settings into the copy's config.json, "
+            "and train on that: it is then the base for all."
+        )
     asks = [f"quantise={adapter['quantise']!r}" for adapter in adapters if adapter.get("quantise")]
     asks += [f"optimizer={kind!r}"] if kind == EIGHT_BITS else []
     if asks and find_spec("bitsandbytes") is None:
         problems.append(f"{' and '.join(asks)} cannot do without bitsandbytes: pip install 'tuner[qlora]'")
     return problems
+
+
+def rope_settings(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the settings, of the config and of its stages, that change the rotary embedding."""
+    rope, stages = parts.get("rope", {}), parts.get("train_dataloader", {}).get("stages") or ()
+    names = [f"rope_{name}" for name in ("theta", "scaling") if rope.get(name) is not None]
+    names += [name for stage in stages if isinstance(stage, Mapping) for name in stage if name.startswith("rope_")]
+    return list(dict.fromkeys(names))
 
 
 def stage_of(deepspeed: object) -> int:

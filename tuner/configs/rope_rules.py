@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tuner.configs.strategy_rules import complaints
-from tuner.demo.files import PREFIX
 from tuner.errors import UserError
 from tuner.model.build import build_llm, read_config
 from tuner.model.rope import Rope, beyond_reach, check_scaling, check_theta, own_rope, replace_rope
@@ -55,5 +54,5 @@ def model_paths(node: object) -> Iterator[str]:
 
 
 def is_here(path: str) -> bool:
-    """Whether a model's config.json lies on this disk, or is made here."""
-    return path.startswith(PREFIX) or (Path(path).expanduser() / "config.json").is_file()
+    """Whether a model's config.json lies on this disk; what the demo makes is made when it is needed."""
+    return (Path(path).expanduser() / "config.json").is_file()

@@ -23,7 +23,6 @@ from tuner.method.sft import SFT
 from tuner.model.adapter import LoRA
 from tuner.model.build import build_llm
 from tuner.model.memory import Memory
-from tuner.model.rope import Rope
 from tuner.model.tokenizer import build_tokenizer
 
 # settings: the model
@@ -33,8 +32,6 @@ attention = "auto"  # "auto" takes the fastest that runs here; or "flash", "varl
 gradient_checkpointing: bool | int | str = True  # compute again in backward: all; every n-th layer; all but "attention"
 offload_activations = False  # put what gradient checkpointing keeps into the CPU's memory, where the GPU's is too small
 tile_tokens: int | None = 8192  # tokens that feed-forward blocks take at a time, for less memory; None: all
-rope_theta: float | None = None  # base of the rotary embedding, such as 1e6 for 200k tokens; None: the model's own
-rope_scaling: dict | None = None  # {"rope_type": "linear", "dynamic" or "yarn", "factor": 4}; None: the model's own
 precision = "bf16"  # "bf16", "fp16" or "fp32": what is computed in; trained weights stay fp32
 
 # settings: the adapter
@@ -157,8 +154,6 @@ model = dict(
         ),
     ),
 )
-
-rope = dict(type=Rope, theta=rope_theta, scaling=rope_scaling, length=max_length)
 
 optim_wrapper = dict(
     optimizer=dict(type=adamw, kind=optimizer, lr=lr, betas=betas, weight_decay=weight_decay),
