@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [  # top first; modules in one tuple are siblings
     ("cli",),
-    ("conversions",),
+    ("conversions", "evaluations"),
     ("arguments",),
     ("launch",),
-    ("train", "prepare", "chat", "convert", "evaluate", "preview", "lint", "prove", "plan"),
+    ("evaluate",),
+    ("train", "prepare", "chat", "convert", "preview", "lint", "prove", "plan"),
     ("check", "config"),
     ("configs",),
     ("engine",),

@@ -23,6 +23,7 @@ from tuner.arguments import (
 )
 from tuner.conversions import convert_group
 from tuner.errors import UserError
+from tuner.evaluations import evaluate_group
 from tuner.failures import EXIT_INTERRUPTED, exit_code, tell
 
 LIST_FOOTER = """
@@ -299,6 +300,7 @@ def lint_command(data: tuple[str, ...], **options: Any) -> int:
 
 
 cli.add_command(convert_group)
+cli.add_command(evaluate_group)
 
 
 @cli.command("chat")

@@ -1,0 +1,113 @@
+"""Needles: documents are as asked for, and their scores are those of transformers' own unpacked pass."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from small_tokenizer import write_directory
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tuner.cli import cli
+from tuner.dataset.needles import NUM_KEYS, WORDINGS, Cell, Haystack, key_name
+from tuner.errors import UserError
+from tuner.evaluate.needle import parse_depths, parse_lengths
+from tuner.method.recall import generated, packs, recall
+from tuner.model.build import build_llm
+from tuner.model.tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Directory of a Llama with two layers and a tokenizer."""
+    directory = write_directory(tmp_path_factory.mktemp("needle"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = len(build_tokenizer(str(directory)))
+    config = LlamaConfig(vocab_size=size, max_position_embeddings=256, initializer_range=0.5, **sizes)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def characters(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+@pytest.mark.parametrize("language", WORDINGS)
+@pytest.mark.parametrize("num_needles", [1, 3])
+def test_documents_have_the_length_and_the_needles_where_they_are_asked_for(language, num_needles):
+    stack = Haystack(language, characters, prefix=[65])
+    for depth in (0.0, 35.0, 100.0):
+        document = stack.document(Cell(language, 1500, depth), num_needles)
+        text = "".join(map(chr, document.ids))
+        assert (len(text), text[0], len(document.answers)) == (1500, "A", num_needles)
+        for number, (begin, end) in enumerate(document.answers):
+            assert text.count(text[begin:end]) == 2  # in the needle and as the answer
+            place = text.index(text[begin:end]) / 1500 * 100
+            wanted = depth + (100 - depth) * number / num_needles
+            assert wanted * 0.6 - 6 < place < wanted + 8
+        again = Haystack(language, characters, prefix=[65])
+        assert document == again.document(Cell(language, 1500, depth), num_needles)
+        assert end == 1500
+
+
+def test_no_two_keys_are_the_same():
+    assert all(len({key_name(wording, key) for key in range(NUM_KEYS)}) == NUM_KEYS for wording in WORDINGS.values())
+
+
+def test_a_needle_longer_than_the_haystack_and_wrong_numbers_are_refused():
+    with pytest.raises(UserError, match=r"longer than the haystack.*the length asked for is 40"):
+        Haystack("en", characters).document(Cell("en", 40, 0.0))
+    for wrong in ("", "x", "0", "1k,,2"):
+        with pytest.raises(UserError):
+            parse_lengths(wrong)
+    for wrong in ("", "0:100", "0:100:0", "0:110:10", "-1", "nan"):
+        with pytest.raises(UserError):
+            parse_depths(wrong)
+    assert parse_lengths("4k,512,1k,1K") == [512, 1024, 4096]
+    assert parse_depths("0:100:25") == [0, 25, 50, 75, 100]
+    assert list(packs([3, 4, 9, 1, 1], 7)) == [[0, 1], [2], [3, 4]]
+
+
+def test_scores_of_a_pack_are_those_of_transformers_one_by_one(model):
+    tokenizer = build_tokenizer(str(model))
+    stack = Haystack("zh", lambda text: tokenizer.encode(text, add_special_tokens=False))
+    documents = [stack.document(Cell("zh", length, depth), 2) for length, depth in ((150, 0.0), (240, 50.0))]
+    llm = build_llm(str(model)).eval()
+    given = recall(llm, documents)
+    reference = LlamaForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    for document, found in zip(documents, given):
+        with torch.no_grad():
+            logits = reference(torch.tensor([document.ids])).logits[0]
+        places = [i for begin, end in document.answers for i in range(begin, end)]
+        scores = [(logits[i - 1].log_softmax(0)[document.ids[i]]).item() for i in places]
+        assert found.log_probability == pytest.approx(sum(scores) / len(scores), abs=1e-4)
+
+
+def test_what_greedy_decoding_writes_counts_as_found_by_both_forms(model):
+    llm = build_llm(str(model)).eval()
+    ids = torch.arange(5, 25)[None]
+    written = llm.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False
+    )
+    own = written[0].tolist()
+    other = [*own[:-1], (own[-1] + 1) % 100]
+    documents = [(own, [(20, 22), (22, 24)]), (other, [(20, 22), (22, 24)])]
+    assert [found.accuracy for found in recall(llm, documents)] == [1.0, 0.5]
+    assert [generated(llm, document) for document in documents] == [1.0, 0.5]
+
+
+def test_the_command_writes_all_cells_and_the_picture_once(model, tmp_path):
+    out = tmp_path / "out"
+    command = ["evaluate", "needle", str(model), "--lengths", "160,300", "--depths", "0,50", "--out", str(out)]
+    with pytest.warns(UserWarning, match=r"300 tokens are more than the 256 positions.*rope_theta"):
+        result = CliRunner().invoke(cli, [*command, "--mode", "generate"], catch_exceptions=False)
+    rows = json.loads((out / "needle.json").read_text())
+    assert len(rows) == 2 * 2 * 2
+    assert {row["language"] for row in rows} == {"en", "zh"}
+    assert all(row["generated"] == row["accuracy"] for row in rows)
+    assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")
+    assert "8 of 8 cells" in result.output
+    assert "160" in result.output
+    with pytest.raises(UserError, match="exists already"):
+        CliRunner().invoke(cli, command, catch_exceptions=False)

@@ -1,0 +1,36 @@
+"""`tuner evaluate` and its subcommands: what a model can do, measured."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tuner.arguments import debug_option
+
+
+@click.group("evaluate")
+def evaluate_group() -> None:
+    """Measure what a model can do."""
+
+
+@evaluate_group.command("needle")
+@click.argument("model_dir", type=click.Path(), metavar="MODEL|CHECKPOINT|ADAPTER")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="A LoRA on top of MODEL.")
+@click.option("--lengths", default="1k,4k", show_default=True, help="Tokens of whole documents; k is 1,024.")
+@click.option("--depths", default="0:100:10", show_default=True, help="FIRST:LAST:STEP or a list, in percent.")
+@click.option("--languages", default="en,zh", show_default=True)
+@click.option("--needles", "num_needles", type=click.IntRange(1, 100), default=1, show_default=True,
+              help="From the depth on evenly to the end; all are asked for.")  # fmt: skip
+@click.option("--trials", "num_trials", type=click.IntRange(min=1), default=1, show_default=True, help="Of each cell.")
+@click.option("--haystack", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Text in its place.")
+@click.option("--mode", type=click.Choice(["logprob", "generate"]), default="logprob", show_default=True,
+              help="logprob: one pass over given answers. generate: write them too, which is slow.")  # fmt: skip
+@click.option("--pack-tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="In one pass.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="needle", show_default=True)
+@debug_option
+def needle_command(model_dir: str, **options: Any) -> None:
+    """Hide sentences in long text and ask for them, at each length and depth: a heat map, and all cells as JSON."""
+    from tuner.evaluate.needle import evaluate_needle
+
+    evaluate_needle(model_dir, **options)
