@@ -164,8 +164,9 @@ def header(runner: "Runner", peak: PeakRate) -> str:
     return (
         f"{loop.num_steps} optimizer steps in {runner.work_dir}, from step {runner.strategy.step}\n"
         f"MFU = FLOPs of forward and backward / (seconds of the step x {peaks}); FLOPs = 6 x weights of the layers x "
-        "tokens + 6 x weights of the head x trained tokens + 6 x heads x head size x sum of squared document lengths, "
-        "over all layers (causal, GQA-aware); HFU adds what is computed again: scores, checkpointed layers\n"
+        "tokens + 6 x weights of the head x trained tokens (4 x those that are frozen) + 6 x heads x head size x sum "
+        "of squared document lengths, over all layers (causal, GQA-aware); HFU adds what is computed again: scores, "
+        "checkpointed layers\n"
         f"peak = {peak.flops / 1e12:.3g} TFLOP/s, {peak.source}; tok/s counts every token, waiting for data included"
         + ("" if num_devices == 1 else f"\n{RANK_COLUMNS}")
     )

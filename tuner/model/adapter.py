@@ -14,6 +14,7 @@ from tuner.errors import UserError
 from tuner.model.adapter_weights import AttachedWeights, fill, quantise_linear
 from tuner.model.fingerprint import Base
 from tuner.model.hollow import Hold
+from tuner.model.peft_package import load_peft
 from tuner.nearest import did_you_mean
 
 VARIANTS = ("lora", "rslora", "dora")
@@ -116,9 +117,9 @@ def attach(
 
 def inject(llm: PreTrainedModel, lora: LoRA, targets: list[str], base: Base) -> None:
     """Replace the targets by peft's layers, whose own weights lie on the meta device."""
-    from peft import LoraConfig, inject_adapter_in_model  # seconds to import, for runs without an adapter
+    peft = load_peft()
 
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -129,7 +130,7 @@ def inject(llm: PreTrainedModel, lora: LoRA, targets: list[str], base: Base) -> 
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.place,
     )
-    inject_adapter_in_model(config, llm, adapter_name=NAME, low_cpu_mem_usage=True)
+    peft.inject_adapter_in_model(config, llm, adapter_name=NAME, low_cpu_mem_usage=True)
 
 
 def find_targets(llm: PreTrainedModel, wanted: Literal["auto"] | Iterable[str]) -> list[str]:
