@@ -232,3 +232,19 @@ def test_an_adapter_takes_its_rotary_embedding_from_the_base(good: dict[str, obj
     assert problems(good, recipe=recipe, tail=turned).startswith("rope_theta: an adapter is saved without a config")
     stages = [{"max_length": 4096, "share": 1.0, "rope_theta": 1e6}]
     assert "rope_theta: an adapter" in problems(good | {"stages": stages, "max_steps": 9}, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"lora_variant": "dora", "deepspeed": "zero3"}, "leaves no rank a whole one. Set deepspeed='zero2'"),
+        ({"lora_variant": "dora", "deepspeed": "zero2"}, ""),
+        ({"optimizer": "adamw8bit", "deepspeed": "zero2"}, "deepspeed='zero2' cuts. Set optimizer='adamw'"),
+        ({"optimizer": "adamw8bit", "fsdp": "full"}, "fsdp='full' cuts. Set optimizer='adamw'"),
+        ({"optimizer": "adamw8bit"}, ""),
+    ],
+)
+def test_an_adapter_and_its_optimizer_fit_the_strategy(settings: dict[str, object], told: str, good: dict[str, object]):
+    found = problems(good | settings, recipe="internlm2_7b-sft_lora")
+    assert told in found
+    assert bool(told) == bool(found)
