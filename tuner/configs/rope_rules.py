@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from tuner.configs.strategy_rules import complaints
+from tuner.configs.strategy_rules import complaints, is_here
 from tuner.errors import UserError
 from tuner.model.build import build_llm, read_config
 from tuner.model.rope import Rope, beyond_reach, check_scaling, check_theta, own_rope, replace_rope
@@ -46,13 +45,7 @@ def model_paths(node: object) -> Iterator[str]:
     """The directories of all language models below a node of a config."""
     if not isinstance(node, Mapping):
         return
-    path = node.get("path")
-    if node.get("type") is build_llm and isinstance(path, str) and is_here(path):
-        yield path
+    if node.get("type") is build_llm and is_here(node.get("path")):
+        yield node["path"]
     for part in node.values():
         yield from model_paths(part)
-
-
-def is_here(path: str) -> bool:
-    """Whether a model's config.json lies on this disk; what the demo makes is made when it is needed."""
-    return (Path(path).expanduser() / "config.json").is_file()

@@ -8,7 +8,7 @@ from typing import Any
 from tuner.engine.zero_config import zero_stage
 from tuner.errors import UserError
 from tuner.model.build import read_config
-from tuner.parallel.mesh import check_heads, read_degrees
+from tuner.parallel.mesh import check_heads, head_counts, read_degrees
 
 
 def wrong_deepspeed(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -76,19 +76,22 @@ def wrong_sharing(strategy: Mapping[str, Any], models: Collection[Any]) -> list[
     """
     setting = strategy.get("sequence_parallel_size", 1)
     problems = complaints(read_degrees, [setting])
-    paths = [path for path in models if isinstance(path, str) and (Path(path).expanduser() / "config.json").is_file()]
+    paths = [path for path in models if is_here(path)]
     if problems or setting == 1 or not paths:
         return problems
     shared = read_degrees(setting).ulysses
     for path in paths:
         try:
-            config = read_config(path).get_text_config()
+            heads = head_counts(read_config(path).get_text_config())
         except UserError:
             continue  # told where models are looked at
-        num_heads = config.num_attention_heads
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-        problems += complaints(partial(check_heads, num_heads, num_kv_heads), [shared])
+        problems += complaints(partial(check_heads, *heads), [shared])
     return problems
+
+
+def is_here(path: object) -> bool:
+    """Whether a model's config.json lies on this disk; what the demo makes is made when it is needed."""
+    return isinstance(path, str) and (Path(path).expanduser() / "config.json").is_file()
 
 
 def complaints(inspect_path: Callable[[Any], object], paths: Collection[Any]) -> list[str]:

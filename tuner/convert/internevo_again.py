@@ -8,12 +8,9 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from tuner.convert.internevo_parts import EMBEDDINGS, HEAD, LAYER, grid_of, read_part, read_settings
-from tuner.convert.reload import Origin, model_of
+from tuner.convert.reload import Origin, model_of, rounding
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
-
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
-TOLERANCE_OF_16_BITS = 0.05
 
 
 def origin_of(parts: Path, base: Path, expected: Path, *, is_turned: bool) -> Origin:
@@ -34,7 +31,7 @@ def origin_of(parts: Path, base: Path, expected: Path, *, is_turned: bool) -> Or
         tensors=partial(joined_tensors, parts, expected, is_turned),
         model=partial(load_joined, parts, expected, is_turned),
         computed=frozenset({HEAD} if is_normal else ()),
-        tolerance=TOLERANCES.get(config.dtype, TOLERANCE_OF_16_BITS) if is_normal else 0.0,
+        tolerance=rounding(str(config.dtype).removeprefix("torch.")) if is_normal else 0.0,
     )
 
 

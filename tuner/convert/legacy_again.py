@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tuner.convert.adapter_checkpoint import TOLERANCE
 from tuner.convert.layout import Source
 from tuner.convert.legacy_files import fitted, read_weights
 from tuner.convert.old_adapter import MAX_TEXT, adapter_pieces, is_adapter
@@ -18,7 +19,6 @@ from tuner.model.peft_package import load_peft
 
 MAX_LENGTH = re.compile(r"\bmax_length\s*=\s*(\d{1,9})\b")
 PEFT = "base_model.model."
-TOLERANCE = 1e-4  # of logits in float32: peft adds W x and B A x in another order
 
 
 def origin_of(source: Path, draft: Path, base: Path | None, texts: list[str], alpha: float | None) -> Origin:

@@ -9,15 +9,12 @@ from safetensors import safe_open
 from transformers import LlamaConfig
 
 from tuner.convert.model_files import model_tensors
-from tuner.convert.reload import Origin
+from tuner.convert.reload import Origin, rounding
 from tuner.convert.shard import load, loaded_tensors
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.weights import merge_wqkv, split_wqkv
 
 Tensors = Callable[[Path], Iterator[tuple[str, torch.Tensor]]]
-TOLERANCES = {"float32": 1e-4, "float64": 1e-9}
-"""of logits, relative to the largest: three projections may sum in another order than the fused one"""
-TOLERANCE_OF_16_BITS = 0.05
 COMPUTED = "rotary_emb.inv_freq"
 INTERNLM2_TO_LLAMA = (
     (".attention.wo.", ".self_attn.o_proj."),
@@ -34,8 +31,8 @@ INTERNLM2_TO_LLAMA = (
 def origin_of(model: Path, tensors: Tensors) -> Origin:
     """The model directory as transformers loads it, and `tensors` of it, to compare its other form with."""
     stated = str(InternLM2Config.get_config_dict(model)[0].get("torch_dtype", "")).removeprefix("torch.")
-    tolerance = TOLERANCES.get(stated, TOLERANCE_OF_16_BITS)
-    return Origin(model, partial(tensors, model), partial(load, model), tolerance=tolerance)
+    # three projections may sum in another order than the fused one
+    return Origin(model, partial(tensors, model), partial(load, model), tolerance=rounding(stated))
 
 
 def split_tensors(model: Path) -> Iterator[tuple[str, torch.Tensor]]:

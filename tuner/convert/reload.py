@@ -53,6 +53,11 @@ SAMPLE: dict[str, Any] = {
 }
 
 
+def rounding(dtype: str) -> float:
+    """How far logits of weights in `dtype` may be apart, relative to the largest, where sums have another order."""
+    return {"float32": 1e-4, "float64": 1e-9}.get(dtype, 0.05)
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a conversion was made from; it is pickled into the fresh process."""

@@ -1,8 +1,8 @@
 """Needles in haystacks: sentences to be found again in long text, which a seeded generator makes."""
 
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 from tuner.errors import UserError
@@ -100,16 +100,15 @@ class Haystack:
         self.given = [part for text in files for part in text.splitlines(keepends=True)]
         if files and not self.given:
             raise UserError("The files of --haystack hold no text. Expected: at least one line.")
-        self.pieces: list[list[int]] = []
-        self.num_tokens = 0
+        self.tokens: list[int] = []
+        self.ends = [0]  # of its sentences, in tokens
 
     def grow(self, num_tokens: int) -> None:
         """Hold at least so many tokens."""
-        while self.num_tokens < num_tokens:
-            text = self.given[len(self.pieces) % len(self.given)] if self.given else self.source.draw()
-            piece = self.encode(text)
-            self.pieces.append(piece)
-            self.num_tokens += len(piece)
+        while len(self.tokens) < num_tokens:
+            text = self.given[(len(self.ends) - 1) % len(self.given)] if self.given else self.source.draw()
+            self.tokens += self.encode(text)
+            self.ends.append(len(self.tokens))
 
     def document(self, cell: Cell, num_needles: int = 1) -> Document:
         """Exactly `cell.length` tokens: haystack with needles from the depth on evenly to the end, then the questions.
@@ -147,10 +146,10 @@ class Haystack:
     def hide(self, needles: Sequence[list[int]], depth: float, room: int) -> list[int]:
         """`room` tokens of haystack with the needles among them."""
         self.grow(room)
-        hay = [token for piece in self.pieces for token in piece][:room]
-        ends = [end for end in accumulate(map(len, self.pieces), initial=0) if end < room] + [room]
+        hay = self.tokens[:room]
         wanted = [room * (depth + (100 - depth) * i / len(needles)) / 100 for i in range(len(needles))]
-        places = [max(end for end in ends if end <= place + 1e-6) for place in wanted]
+        ends = [*self.ends[: bisect_left(self.ends, room)], room]
+        places = [ends[bisect_right(ends, place + 1e-6) - 1] for place in wanted]
         ids: list[int] = []
         for needle, begin, end in zip(needles, places, [*places[1:], room]):
             ids += needle + hay[begin:end]

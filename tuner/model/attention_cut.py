@@ -11,7 +11,7 @@ from tuner.errors import UserError
 from tuner.model.attention import BACKENDS, attention_of, document_mask, packed_attention
 from tuner.model.internlm2.rotary import InternLM2RotaryEmbedding
 from tuner.model.kept_attention import keep
-from tuner.parallel.mesh import Mesh, check_heads
+from tuner.parallel.mesh import Mesh, check_heads, head_counts
 from tuner.parallel.ring import ring
 from tuner.parallel.sequence import held_tokens
 from tuner.parallel.ulysses import ulysses
@@ -32,9 +32,7 @@ def cut_attention(llm: PreTrainedModel, mesh: Mesh) -> None:
     if mesh.degrees.size == 1:
         return
     backend = _backend_of(llm)
-    config = llm.config.get_text_config()
-    num_heads = config.num_attention_heads
-    check_heads(num_heads, getattr(config, "num_key_value_heads", None) or num_heads, mesh.degrees.ulysses)
+    check_heads(*head_counts(llm.config.get_text_config()), mesh.degrees.ulysses)
     _cut_rotary(llm, mesh)
     _check_only_attention_mixes(llm)
     attention = ulysses(keep(ring(packed_attention, mesh.ring)), mesh.ulysses)

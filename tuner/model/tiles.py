@@ -57,19 +57,6 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
-def working_bytes(
-    hidden_size: int, intermediate_size: int, tile_tokens: int, num_tokens: int, itemsize: int = 2
-) -> int:
-    """Bytes of what a gated feed-forward block holds while its backward runs, beside its input and that gradient.
-
-    Per token of a tile: gate, activated gate, up and their product, and as many gradients; the (t, H) output gradient
-    and input gradient of the tile. `itemsize`: bytes of a number in the compute precision. Without tiles give
-    `num_tokens` as the tile. Measured: see benchmarks/memory.py.
-    """
-    tokens = min(tile_tokens, num_tokens)
-    return tokens * itemsize * (8 * intermediate_size + 2 * hidden_size)
-
-
 class Tiled(nn.Module):
     """In front of a module's own class: its forward in tiles. The parameters stay where they are, and their names."""
 

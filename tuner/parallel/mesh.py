@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -107,6 +107,12 @@ def legal_degrees(num_heads: int, num_kv_heads: int) -> list[int]:
     return [
         n for n in range(1, num_heads + 1) if num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
     ]
+
+
+def head_counts(config: Any) -> tuple[int, int]:
+    """Query heads, and heads of keys and values, of a model's text config; without a number of its own, as many."""
+    num_heads = config.num_attention_heads
+    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads
 
 
 def check_heads(num_heads: int, num_kv_heads: int, ulysses: int) -> None:

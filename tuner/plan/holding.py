@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from tuner.engine.zero_config import ModelSizes, derived_sizes
+from tuner.model.flops import Matmuls, count_matmuls
 from tuner.model.hollow import parameter_places
 from tuner.model.tiles import decoder_layers
 from tuner.plan.setup import Setup
@@ -19,7 +20,7 @@ SUB_GROUP = 1_000_000_000  # elements that ZeRO-3 updates at a time
 
 
 class Sizes(NamedTuple):
-    """Elements of a model's parameters."""
+    """Elements of a model's parameters, and what they are multiplied with."""
 
     total: int
     trained: int
@@ -28,6 +29,7 @@ class Sizes(NamedTuple):
     head: int  # trained, and not the embedding's too
     embedding: int  # trained
     frozen_linear: int  # kept in the compute precision under an adapter
+    matmuls: Matmuls
 
 
 class Held(NamedTuple):
@@ -62,6 +64,7 @@ def count(setup: Setup) -> Sizes:
         head=0 if head is embedding or not head.requires_grad else head.numel(),
         embedding=embedding.numel() if embedding.requires_grad else 0,
         frozen_linear=elements(frozen) if setup.lora is not None else 0,
+        matmuls=count_matmuls(llm),
     )
 
 

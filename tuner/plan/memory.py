@@ -57,9 +57,9 @@ class Memory(NamedTuple):
         return self.phases[self.peak_phase]
 
 
-def memory_of(setup: Setup) -> Memory:
-    """Trace the computation, and add what the strategy holds."""
-    sizes = count(setup)
+def memory_of(setup: Setup, sizes: Sizes | None = None) -> Memory:
+    """Trace the computation, and add what the strategy holds; `sizes` of the model, where they were counted before."""
+    sizes = sizes or count(setup)
     activations = traced(setup)
     phases = phases_of(setup, sizes, hold(setup, sizes), activations)
     if not setup.on_cpu:

@@ -13,7 +13,7 @@ from tuner.method.sft import SFT
 from tuner.model.adapter import LoRA
 from tuner.model.build import build_llm, read_config
 from tuner.model.checkpointing import Choice
-from tuner.parallel.mesh import Degrees, arrange, check_heads, read_degrees
+from tuner.parallel.mesh import Degrees, arrange, check_heads, head_counts, read_degrees
 from tuner.plan.known_models import known_model
 from tuner.plan.trace import Computation, Loss
 
@@ -88,9 +88,7 @@ def read_setup(config: Any, num_ranks: int, ranks_per_node: int) -> tuple[Setup,
     strategy = config.strategy
     degrees = read_degrees(strategy.get("sequence_parallel_size", 1))
     arrange(num_ranks, degrees)
-    text = model.get_text_config()
-    heads = text.num_attention_heads
-    check_heads(heads, getattr(text, "num_key_value_heads", None) or heads, degrees.ulysses)
+    check_heads(*head_counts(model.get_text_config()), degrees.ulysses)
     length = config.train_dataloader["dataset"]["max_length"]
     memory = node.get("memory") or {}
     setup = Setup(

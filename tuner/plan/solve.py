@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tuner.parallel.mesh import Degrees, legal_degrees
+from tuner.parallel.mesh import Degrees, head_counts, legal_degrees
 from tuner.plan.gpus import Gpu
+from tuner.plan.holding import count
 from tuner.plan.memory import Memory, memory_of
 from tuner.plan.setup import Setup
 from tuner.plan.speed import Speed, speed_of
@@ -34,9 +35,7 @@ class Choice(NamedTuple):
 
 def candidates(setup: Setup) -> Iterator[Setup]:
     """The ways to look at; the packs of a step stay as many where they divide. A micro-batch is a pack."""
-    text = setup.model.get_text_config()
-    heads = text.num_attention_heads
-    sizes = legal_degrees(heads, getattr(text, "num_key_value_heads", None) or heads)
+    sizes = legal_degrees(*head_counts(setup.model.get_text_config()))
     packs = setup.num_accumulation_steps * setup.num_ranks // setup.degrees.size
     for sharing in (size for size in sizes if setup.num_ranks % size == 0):
         others = setup.num_ranks // sharing
@@ -57,11 +56,12 @@ def candidates(setup: Setup) -> Iterator[Setup]:
 def solve(setup: Setup, gpu: Gpu, link: float, squares: float, efficiency: float) -> list[Choice]:
     """The choices that fit and that no other beats in both memory and time, fastest first."""
     found = []
+    sizes = count(setup)  # the same for all
     for each in candidates(setup):
-        memory = memory_of(each)
+        memory = memory_of(each, sizes)
         if memory.peak.total > gpu.memory:
             continue
-        speed = speed_of(each, memory.sizes, gpu, link, squares, efficiency)
+        speed = speed_of(each, sizes, gpu, link, squares, efficiency)
         found.append(Choice(each, memory, speed, speed.seconds + offload_seconds(each, memory)))
     found.sort(key=lambda choice: (choice.seconds, choice.memory.peak.total))
     best: list[Choice] = []

@@ -3,11 +3,11 @@
 from typing import NamedTuple
 
 from tuner.model.checkpointing import ATTENTION
-from tuner.model.flops import count_matmuls, hardware_flops, model_flops
+from tuner.model.flops import hardware_flops, model_flops
+from tuner.parallel.mesh import head_counts
 from tuner.plan.gpus import Gpu
 from tuner.plan.holding import Sizes
 from tuner.plan.setup import Setup
-from tuner.plan.trace import hollow
 
 EFFICIENCY = 0.55  # of the data sheet's matrix rate that long products of bf16 reach; assumed, not measured
 STEP_BYTES = 28  # AdamW reads weight, gradient and two moments in fp32 and writes three of them
@@ -43,15 +43,14 @@ def speed_of(
         sum_squared_per_pack: sum over documents of length^2; num_tokens^2 where a pack is one document.
         efficiency: share of the GPU's matrix rate.
     """
-    matmuls = count_matmuls(hollow(setup.model, setup.lora))
     packs = setup.num_accumulation_steps * setup.num_ranks // setup.degrees.size
     tokens = packs * setup.num_tokens
     squares = int(packs * sum_squared_per_pack)
-    computed = hardware_flops(matmuls, tokens, squares, tokens, gradient_checkpointing=bool(setup.checkpointing))
+    computed = hardware_flops(sizes.matmuls, tokens, squares, tokens, gradient_checkpointing=bool(setup.checkpointing))
     sent = bytes_sent(setup, sizes)
     stepped = sizes.trained / (setup.num_ranks if setup.holding != "none" else 1)
     return Speed(
-        model_flops=model_flops(matmuls, tokens, squares, tokens),
+        model_flops=model_flops(sizes.matmuls, tokens, squares, tokens),
         hardware_flops=computed,
         num_tokens=tokens,
         compute_seconds=computed / (setup.num_ranks * gpu.flops * efficiency),
@@ -84,8 +83,7 @@ def bytes_sent(setup: Setup, sizes: Sizes) -> float:
 def bytes_between_sequences(setup: Setup) -> float:
     """What ranks that share a sequence send in a micro-batch: heads by Ulysses, keys and values by the ring."""
     text = setup.model.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    heads, kv_heads = head_counts(text)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     ulysses, ring = setup.degrees
     own = setup.num_tokens / setup.degrees.size
