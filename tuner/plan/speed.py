@@ -46,7 +46,7 @@ def speed_of(
     packs = setup.num_accumulation_steps * setup.num_ranks // setup.degrees.size
     tokens = packs * setup.num_tokens
     squares = int(packs * sum_squared_per_pack)
-    computed = hardware_flops(sizes.matmuls, tokens, squares, tokens, gradient_checkpointing=bool(setup.checkpointing))
+    computed = hardware_flops(sizes.matmuls, tokens, squares, tokens, gradient_checkpointing=setup.checkpointing)
     sent = bytes_sent(setup, sizes)
     stepped = sizes.trained / (setup.num_ranks if setup.holding != "none" else 1)
     return Speed(
