@@ -40,14 +40,32 @@ def tuner_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def more_template_processes():
-    """Sixteen where users have two: tests go through one template after the other, and each start takes seconds."""
-    from tuner.dataset import jinja_template
+def quick_template_processes():
+    """Forks of one process that has imported what they need, and sixteen where users have two.
 
+    Tests go through one template after the other, and each start of a new interpreter takes seconds.
+    """
+    from tuner.dataset import jinja_process, jinja_template
+
+    def fork():
+        from template_processes import Fork
+
+        return Fork()
+
+    new_interpreter = jinja_process._start
     patch = pytest.MonkeyPatch()
+    patch.setattr(jinja_process, "_start", fork)
     patch.setattr(jinja_template, "_start", lru_cache(maxsize=16)(jinja_template._start.__wrapped__))
-    yield
+    yield new_interpreter
     patch.undo()
+
+
+@pytest.fixture
+def template_processes_of_users(quick_template_processes, monkeypatch: pytest.MonkeyPatch):
+    """New interpreters, as outside the tests."""
+    from tuner.dataset import jinja_process
+
+    monkeypatch.setattr(jinja_process, "_start", quick_template_processes)
 
 
 @pytest.fixture(autouse=True)

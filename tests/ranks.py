@@ -14,7 +14,13 @@ import torch.distributed as dist
 
 from tuner.prove.processes import ProcessError, on_ranks
 
-PRELOAD = ("tuner.prove.spread_step", "tuner.prove.processes", "tuner.engine.fsdp")
+PRELOAD = (
+    "tuner.prove.spread_step",
+    "tuner.prove.processes",
+    "tuner.engine.fsdp",
+    "tuner.dataset.jinja_sandbox",
+    "template_processes",
+)
 PRELOAD_ZERO = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "tuner.train")
 """what a run under DeepSpeed imports; the optimizer, which nobody asked for, brings torch's compiler with it"""
 

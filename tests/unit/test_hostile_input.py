@@ -153,6 +153,7 @@ TEMPLATE = """{%- for m in messages %}
 {{- m.role + ': ' + m.content + '</s>' }}{% endfor %}"""
 
 
+@pytest.mark.usefixtures("template_processes_of_users")
 def test_what_a_template_writes_and_says_is_bounded():
     process = TemplateProcess(TEMPLATE, {}, ["</s>"], [])
     with pytest.raises(RowError, match="writes 34,000,0"):

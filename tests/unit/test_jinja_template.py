@@ -314,6 +314,7 @@ def test_a_template_that_is_of_no_use_is_refused_at_once(name: str, monkeypatch:
     assert any(part in str(caught.value) for part in reasons), str(caught.value)
 
 
+@pytest.mark.usefixtures("template_processes_of_users")
 def test_the_process_comes_back_after_it_was_stopped(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jinja_process, "CPU_SECONDS", 1)
     jinja = FAMILIES["lines"].jinja + (
