@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tuner.configs.adapter_rules import wrong_adapters
+from tuner.configs.optimizer_rules import wrong_in_backward
 from tuner.configs.options import NAMED, parameters
 from tuner.configs.rope_rules import warn_of_length, wrong_rope
 from tuner.configs.strategy_rules import complaints, wrong_cut, wrong_deepspeed, wrong_fsdp, wrong_sharing
@@ -106,7 +107,8 @@ RULES: dict[str, Rule] = {
     "min_lr_ratio": SHARE,
     "warmup_ratio": SHARE,
     "weight_decay": NOT_NEGATIVE,
-    "max_grad_norm": POSITIVE,
+    "max_grad_norm": Rule(lambda value: value is None or (is_number(value) and value > 0), "a number above 0 or None"),
+    "optimizer_in_backward": FLAG,
     "betas": Rule(is_betas, "two numbers from 0 to below 1"),
     "max_length": count(2),
     "num_epochs": count(1),
@@ -155,7 +157,8 @@ CHOICES: dict[str, Collection[str]] = {
 }
 # names of settings where they arrive in the assembly
 OTHER_NAMES = {"max_norm": "max_grad_norm", "rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout",
-               "targets": "lora_targets", "variant": "lora_variant", "kind": "optimizer"}  # fmt: skip
+               "targets": "lora_targets", "variant": "lora_variant", "kind": "optimizer",
+               "in_backward": "optimizer_in_backward"}  # fmt: skip
 
 
 def check(config: Mapping[str, Any], only: Names = None) -> None:
@@ -185,7 +188,7 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     problems += wrong_rope(known.get("rope", {}))
     adapters = [node.values for node in nodes if node.type is LoRA]
     problems += wrong_cut(strategy, [adapter.get("quantise") for adapter in adapters])
-    problems += wrong_adapters(adapters, known)
+    problems += wrong_adapters(adapters, known) + wrong_in_backward(known)
     problems += wrong_sharing(strategy, [node.values.get("path") for node in nodes if node.type is build_llm])
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))

@@ -197,3 +197,49 @@ def test_what_counts_as_a_row_and_as_a_spike():
 def test_settings_that_make_no_sense(settings, problem):
     with pytest.raises(UserError, match=problem):
         BadSteps(**settings)
+
+
+def in_backward(work_dir: Path, bad_gradient: int | None, is_within: bool, **keywords: Any) -> Runner:
+    """Nine steps of one micro-batch, not clipped; in one of them the gradient, but not the loss, is NaN."""
+    runner = poisoned(work_dir, keywords.pop("factors", {}), **keywords)
+    optimizer = runner.optim_wrapper["optimizer"]
+    runner.optim_wrapper = {"optimizer": optimizer, "in_backward": is_within}
+    runner.train_dataloader.sampler.__init__(runner.train_dataloader.dataset, 1, 1)
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (NAN if runner.strategy.step == bad_gradient else 1)
+
+    def watch(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(poison)
+
+    runner.model.llm.model.norm.register_forward_hook(watch)
+    return runner
+
+
+def test_an_optimizer_in_backward_goes_back_where_another_skips_to_the_same_weights(tmp_path, capsys):
+    """A gradient that is not finite is known once it has been used, whatever `on_nonfinite` says."""
+    in_backward(tmp_path / "skip", 4, False).train()
+    in_backward(tmp_path / "back", 4, True).train()
+    assert_equal(tensors(tmp_path / "skip", 9), tensors(tmp_path / "back", 9))
+    assert "step 5 was spoiled: back to step 4; stepping over 5 this time" in capsys.readouterr().out
+    assert [row["skipped"] for row in rows(tmp_path / "back")] == [None] * 4 + ["stepped over"] + [None] * 4
+    assert json.loads((tmp_path / "back" / "nonfinite_step_5.json").read_text())["ranks"] == []
+
+
+def test_it_ends_where_there_is_nothing_to_go_back_to_or_settings_say_so(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 1 of 9 was not finite.* no checkpoint to go back to.* start again"):
+        in_backward(tmp_path / "first", 0, True).train()
+    assert list_checkpoints(tmp_path / "first") == []
+    with pytest.raises(NonFiniteError, match=r"Step 6 of 9 is not finite .*go on with --resume"):
+        in_backward(tmp_path / "stop", 5, True, loop={"on_nonfinite": "stop"}).train()
+    assert [path.name for path in list_checkpoints(tmp_path / "stop")] == ["step_00000002", "step_00000004"]
+
+
+def test_it_skips_losses_that_are_not_finite_or_spikes_before_they_move_a_weight(tmp_path, monkeypatch):
+    monkeypatch.setattr(bad_steps, "SPIKE_START", 3)
+    for name, is_within in (("behind", False), ("within", True)):
+        factors, loop = {4: NAN, 6: 4000.0}, {"spike_factor": 2}
+        in_backward(tmp_path / name, None, is_within, factors=factors, loop=loop).train()
+        assert [row["skipped"] for row in rows(tmp_path / name)][4:7] == ["nonfinite", None, "spike"]
+    assert_equal(tensors(tmp_path / "behind", 9), tensors(tmp_path / "within", 9))

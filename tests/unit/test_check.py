@@ -9,6 +9,7 @@ import pytest
 
 from tuner.check import check, warn_of_precision
 from tuner.config import add_options, loads, render
+from tuner.configs.optimizer_rules import wrong_in_backward
 from tuner.errors import UserError
 from tuner.model import build
 
@@ -91,6 +92,24 @@ def test_settings_of_memory_that_do_not_go_together_are_told(good: dict[str, obj
     assert "but gradient_checkpointing is False. Set gradient_checkpointing = True" in message
     message = problems({**good, "gradient_checkpointing": "attention", "attention": "eager"})
     assert "keeps the output of tuner's attention, and this model has 'eager'" in message
+
+
+def test_what_an_optimizer_in_backward_cannot_do_is_told(good: dict[str, object]):
+    right = {**good, "optimizer_in_backward": True, "max_grad_norm": None, "num_accumulation_steps": 1}
+    assert problems(right) == ""
+    wrong = {
+        "max_grad_norm": (0.5, "max_grad_norm=0.5 scales a gradient by the norm of the whole"),
+        "num_accumulation_steps": (4, "A step has 4 packs on a rank"),
+        "precision": ("fp16", "precision='fp16' skips a step whose gradient overflows"),
+        "stages": ([{"max_length": 8192, "share": 0.5}, {"max_length": 32768, "share": 0.5}], "A step has 4 packs"),
+    }
+    for setting, (value, text) in wrong.items():
+        message = problems({**right, "max_steps": 9, setting: value})
+        assert message.startswith(text), setting
+        assert "optimizer_in_backward" in message
+    assert wrong_in_backward({"optim_wrapper": {"in_backward": True}, "strategy": {"deepspeed": "zero3"}})[
+        0
+    ].startswith("deepspeed='zero3' has an optimizer of its own")
 
 
 def test_all_mistakes_come_at_once(good: dict[str, object]):

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tuner.engine.fsdp_hold import LentWeights
@@ -98,14 +97,12 @@ class FullyShard(Stepping):
         self._root.set_requires_all_reduce(is_last)
         with self.autocast():
             loss = self.model(**batch)["loss"]
-        self.scaler.scale(loss).backward()
+        self.run_backward(loss)
         return loss.detach()
 
     def gradient_norm(self) -> Tensor:
         """() fp64, the L2 norm of the whole gradient, from the rows of all ranks in one exchange."""
-        self.scaler.unscale_(self.optimizer)
-        own = [parameter.grad.to_local() for parameter in self.parameters() if isinstance(parameter.grad, DTensor)]
-        square = torch.nn.utils.get_total_norm(own).to(self.device, torch.float64) ** 2
+        square = self.own_norm().to(self.device, torch.float64) ** 2
         dist.all_reduce(square, group=self._shards.get_group(SHARD))
         return square.sqrt()
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tuner.engine.runner import Runner
 
 RANK_TIMEOUT = 1800.0
-REFUSED = ("nonfinite", "spike")
+REFUSED = ("nonfinite", "spike", "spoiled")
 NUM_NAMED = 8  # documents of a step that a killed rank leaves the names of
 
 
@@ -144,11 +144,22 @@ class TrainLoop(BaseLoop):
         return result
 
     def _go_back(self, result: StepResult) -> bool:
-        """After a bad step, where settings say so: on from the last checkpoint; False where the run just goes on."""
-        step = self.runner.strategy.step - 1
-        if self.bad_steps.on_nonfinite != "rollback":
+        """After a bad step, where settings say so: on from the last checkpoint; False where the run just goes on.
+
+        Raises:
+            NonFiniteError: the step has spoiled the weights, and there is no checkpoint to go back to.
+        """
+        step, is_spoiled = self.runner.strategy.step - 1, result.skip == "spoiled"
+        if self.bad_steps.on_nonfinite != "rollback" and not is_spoiled:
             return False
         if not self.runner.go_back():
+            if is_spoiled:
+                raise NonFiniteError(
+                    f"The gradient of step {step + 1} of {self.num_steps} was not finite, which optimizer_in_backward "
+                    "found out when the weights had moved by it. There is no checkpoint to go back to. Its documents "
+                    f"are listed in nonfinite_step_{step + 1}.json in the work dir. Look at them, lower lr, or set "
+                    "optimizer_in_backward=False, which skips such a step, and start again."
+                )
             self._say(f"step {step + 1} was {result.skip}; there is no checkpoint to go back to: it is skipped")
             return False
         over = [number + 1 for number in self.bad_steps.step_over(step)]

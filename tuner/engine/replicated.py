@@ -24,8 +24,13 @@ class Replicated(Stepping):
         if self.precision != "fp32":
             set_compute_dtype(model.get_submodule("llm"), PRECISIONS[self.precision])
         model = model.to(self.device)
-        self._distributed_model = summing(model, self.device) if self.world.size > 1 else None
+        is_summed = self.world.size > 1 and not self.steps_in_backward  # its buckets are a whole gradient, all the time
+        self._distributed_model = summing(model, self.device) if is_summed else None
         return model
+
+    def sums_in_backward(self) -> bool:
+        """Where there are several ranks."""
+        return self.world.size > 1
 
     def backward(self, batch: Batch, *, is_last: bool) -> Tensor:
         """Add a micro-batch's gradient; with the last one the ranks' gradients are summed."""
@@ -34,13 +39,12 @@ class Replicated(Stepping):
         with context:
             with self.autocast():
                 loss = (self.model if wrapper is None else wrapper)(**batch)["loss"]
-            self.scaler.scale(loss).backward()
+            self.run_backward(loss)
         return loss.detach()
 
     def gradient_norm(self) -> Tensor:
         """() L2 norm of the whole gradient: all ranks hold the sum, so nothing is exchanged."""
-        self.scaler.unscale_(self.optimizer)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        return self.own_norm()
 
 
 def summing(model: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -1,17 +1,30 @@
 """What strategies share that let torch's optimizer step on the tensors of this rank: rates, clipping, loss scale."""
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tuner.engine import in_backward
+from tuner.engine.in_backward import InBackward, obstacles, own_part, refuse
 from tuner.engine.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from tuner.engine.own_parts import OwnParts, whole
 from tuner.engine.schedule import WarmupCosine
-from tuner.engine.strategy import Strategy, compare_weights, read_max_norm, schedule_rates
+from tuner.engine.strategy import (
+    Batch,
+    NonFiniteStepError,
+    SpoiledStepError,
+    StepResult,
+    Strategy,
+    compare_weights,
+    read_max_norm,
+    schedule_rates,
+    wish_nothing,
+)
 from tuner.engine.tensor_files import OPTIMIZER, WEIGHTS, TensorFiles
 from tuner.model.adapter import kept_parameters
 
@@ -28,11 +41,18 @@ class Stepping(Strategy):
         num_steps: int,
     ) -> nn.Module:
         """Spread the model and build its optimizer; the schedule spans `num_steps`."""
+        self.max_grad_norm = read_max_norm(optim_wrapper)
+        self.steps_in_backward = in_backward.is_wanted(optim_wrapper)
+        if self.steps_in_backward:
+            refuse(obstacles(max_norm=self.max_grad_norm, precision=self.precision))
         self.model = self.spread(model).train()
         self.num_steps = num_steps
         self.schedule = param_scheduler
-        self.optimizer = build_optimizer(self.model.get_submodule("llm"), optim_wrapper)
-        self.max_grad_norm = read_max_norm(optim_wrapper)
+        llm = self.model.get_submodule("llm")
+        self.optimizer = build_optimizer(llm, optim_wrapper)
+        self.in_backward = None
+        if self.steps_in_backward:
+            self.in_backward = InBackward(self.optimizer, llm, self.world, sums=self.sums_in_backward())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._prepared = True
         return self.model
@@ -41,12 +61,50 @@ class Stepping(Strategy):
     def spread(self, model: nn.Module) -> nn.Module:
         """Put this rank's part of the model on its device; all ranks have built it alike."""
 
+    def sums_in_backward(self) -> bool:
+        """Whether the ranks' gradients are still apart when autograd has made them, and nothing else sums them."""
+        return False
+
+    def train_step(
+        self, batches: Sequence[Batch], *, stop: Callable[[], int] = wish_nothing, loss_limit: float = math.inf
+    ) -> StepResult:
+        """As of all strategies; with the optimizer in backward a gradient is known to be bad once it is used.
+
+        Raises:
+            SpoiledStepError: then.
+        """
+        if self.in_backward is not None:
+            self.in_backward.begin(len(batches), loss_limit)
+        try:
+            return super().train_step(batches, stop=stop, loss_limit=loss_limit)
+        except NonFiniteStepError as error:
+            if self.in_backward is None or not self.in_backward.has_moved:
+                raise
+            raise SpoiledStepError(str(error), error.result._replace(skip="spoiled")) from error
+
+    def run_backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's loss, or, with the optimizer in backward, step by it."""
+        if self.in_backward is not None:
+            self.in_backward.backward(loss)
+        else:
+            self.scaler.scale(loss).backward()
+
+    def own_norm(self) -> Tensor:
+        """() L2 norm of what this rank holds of the step's gradient, free of the loss scale."""
+        if self.in_backward is not None:
+            return self.in_backward.norm()
+        self.scaler.unscale_(self.optimizer)
+        held = [own_part(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(held)
+
     def set_learning_rates(self) -> float:
         """Give every group of parameters the rate of this step; returns that of the first."""
         return schedule_rates(self.optimizer, self.schedule.factor(self.step, self.num_steps))
 
     def update(self, norm: float) -> None:
         """Clip by the norm, let the optimizer step, and drop the gradient."""
+        if self.in_backward is not None:
+            return
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 self.parameters(), self.max_grad_norm, torch.tensor(norm, dtype=torch.float64)

@@ -27,7 +27,7 @@ from tuner.parallel.ranks import Ranks
 from tuner.parallel.sequence import cut
 
 Batch = Mapping[str, Any]
-Skip = Literal["", "overflow", "nonfinite", "spike", "stepped over"]
+Skip = Literal["", "overflow", "nonfinite", "spike", "spoiled", "stepped over"]
 
 
 OWN_MESH = Mesh(Degrees(), *(Ranks([0], 0) for _ in range(4)))
@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
 
 
 class RefusedStepError(ArithmeticError):
-    """A step that must not change the weights, nor the optimizer's state; neither was touched, nor were steps counted.
+    """A step that must not change weights or optimizer; neither was touched but by a `SpoiledStepError`.
 
     `result` says what the step would have been.
     """
@@ -64,6 +64,10 @@ class RefusedStepError(ArithmeticError):
 
 class NonFiniteStepError(RefusedStepError):
     """Loss or gradient is NaN or infinite."""
+
+
+class SpoiledStepError(RefusedStepError):
+    """The gradient is NaN or infinite, and the optimizer, which is in backward, has used it: only going back helps."""
 
 
 class SpikeError(RefusedStepError):
@@ -284,12 +288,12 @@ def schedule_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 def read_max_norm(optim_wrapper: Mapping[str, Any]) -> float | None:
     """The norm at which `optim_wrapper` clips; None for no clipping."""
-    unknown = sorted(set(optim_wrapper) - {"optimizer", "clip_grad", "lora_plus_ratio"})
+    unknown = sorted(set(optim_wrapper) - {"optimizer", "clip_grad", "lora_plus_ratio", "in_backward"})
     clip = optim_wrapper.get("clip_grad") or {}
     unknown += [f"clip_grad.{name}" for name in sorted(set(clip) - {"max_norm"})]
     if unknown:
         raise UserError(f"optim_wrapper has unknown keys {', '.join(unknown)}; known: optimizer, "
-                        "clip_grad.max_norm, lora_plus_ratio.")  # fmt: skip
+                        "clip_grad.max_norm, lora_plus_ratio, in_backward.")  # fmt: skip
     max_norm = clip.get("max_norm")
     if max_norm is not None and max_norm <= 0:
         raise UserError(f"max_norm={max_norm} would stop all learning. Choose a positive number, or None not to clip.")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tuner.engine.build_locks import wait_for_builds
 from tuner.engine.deepspeed_package import build_engine, join_alone, known_keys, load_deepspeed
+from tuner.engine.in_backward import is_wanted, obstacles, refuse
 from tuner.engine.optimizer import build_optimizer, is_state
 from tuner.engine.precision import PRECISIONS
 from tuner.engine.schedule import WarmupCosine
@@ -76,6 +77,8 @@ class Zero(Strategy):
         num_steps: int,
     ) -> nn.Module:
         """Hand the model and its optimizer to DeepSpeed; the schedule spans `num_steps`."""
+        if is_wanted(optim_wrapper):
+            refuse(obstacles(deepspeed=self.config))
         join_alone(self.world, self.device)
         self.model = model.train()
         self.num_steps = num_steps

@@ -65,7 +65,8 @@ min_lr_ratio = 0.1  # share of the peak that the cosine ends at
 warmup_ratio = 0.03  # share of the steps in which the learning rate climbs
 betas = (0.9, 0.95)  # Adam's two decays
 weight_decay = 0.1  # AdamW's, on weight matrices; norms and biases have none
-max_grad_norm = 1.0  # the gradient is scaled down to this norm where it is longer
+max_grad_norm: float | None = 1.0  # the gradient is scaled down to this norm where it is longer; None: never
+optimizer_in_backward = False  # True drops each gradient once its weight has moved; without accumulation and clipping
 on_nonfinite = "skip"  # a step with a NaN or infinity: "skip" it, "rollback" to the last checkpoint, or "stop"
 max_nonfinite_steps = 3  # so many such steps in a row end the run whatever on_nonfinite says
 spike_factor: float | None = None  # a loss above so many times the median of 50 is as bad as a NaN; None: none is
@@ -134,6 +135,7 @@ rope = dict(type=Rope, theta=rope_theta, scaling=rope_scaling, length=max_length
 optim_wrapper = dict(
     optimizer=dict(type=adamw, kind=optimizer, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_grad_norm),
+    in_backward=optimizer_in_backward,
 )
 
 param_scheduler = dict(type=WarmupCosine, warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
