@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tuner.configs.adapter_rules import wrong_adapters
+from tuner.configs.needle_rules import wrong_needles
 from tuner.configs.optimizer_rules import wrong_in_backward
 from tuner.configs.options import NAMED, parameters
 from tuner.configs.rope_rules import warn_of_length, wrong_rope
@@ -122,6 +123,7 @@ RULES: dict[str, Rule] = {
     "keep_best": FLAG,
     "async_save": FLAG,
     "sample_interval": count(0),
+    "needle_interval": count(0),
     "pack": FLAG,
     "streaming": FLAG,
     "packs_per_window": count(1),
@@ -190,6 +192,7 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     problems += wrong_cut(strategy, [adapter.get("quantise") for adapter in adapters])
     problems += wrong_adapters(adapters, known) + wrong_in_backward(known)
     problems += wrong_sharing(strategy, [node.values.get("path") for node in nodes if node.type is build_llm])
+    problems += wrong_needles(parts, [(node.type, node.values) for node in nodes])
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))
     warn_of_length(config)

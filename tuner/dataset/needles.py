@@ -98,17 +98,18 @@ class Haystack:
         self.language, self.encode, self.seed, self.prefix = language, encode, seed, list(prefix)
         self.source = sentences(language, seed)
         self.given = [part for text in files for part in text.splitlines(keepends=True)]
-        if files and not self.given:
-            raise UserError("The files of --haystack hold no text. Expected: at least one line.")
         self.tokens: list[int] = []
         self.ends = [0]  # of its sentences, in tokens
 
     def grow(self, num_tokens: int) -> None:
         """Hold at least so many tokens."""
         while len(self.tokens) < num_tokens:
-            text = self.given[(len(self.ends) - 1) % len(self.given)] if self.given else self.source.draw()
+            number = len(self.ends) - 1
+            text = self.given[number % len(self.given)] if self.given else self.source.draw()
             self.tokens += self.encode(text)
             self.ends.append(len(self.tokens))
+            if not self.tokens and number > len(self.given):
+                raise UserError("The tokenizer makes no token of the haystack's text. Is it the model's own tokenizer?")
 
     def document(self, cell: Cell, num_needles: int = 1) -> Document:
         """Exactly `cell.length` tokens: haystack with needles from the depth on evenly to the end, then the questions.
@@ -132,8 +133,8 @@ class Haystack:
         if room < 0:
             raise UserError(
                 f"The needle is longer than the haystack: {num_needles} of them with their questions are "
-                f"{cell.length - room} tokens, the length asked for is {cell.length}. Take longer --lengths or fewer "
-                "--needles."
+                f"{cell.length - room} tokens, the length asked for is {cell.length}. Ask for lengths of at least "
+                f"{cell.length - room} tokens, or for fewer needles."
             )
         ids = self.prefix + self.hide(needles, cell.depth, room)
         answers = []

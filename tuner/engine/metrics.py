@@ -82,9 +82,11 @@ class MetricsHook(Hook):
         """Write what the step did."""
         if not self.writes:
             return
-        row = self._row(runner, outputs)
+        figures = {name: finite(value) for name, value in runner.figures.items()}
+        runner.figures.clear()
+        row = {**self._row(runner, outputs), **figures}
         self.file.write(json.dumps(row) + "\n")
-        for name in CHARTED:
+        for name in (*CHARTED, *figures):
             if row[name] is not None:
                 self.board.add_scalar(name, row[name], row["step"])
         is_last = row["step"] == row["num_steps"]

@@ -60,6 +60,7 @@ class Runner(FlexibleRunner):
         self.checkpoints = checkpoints
         self.run = uuid.uuid4().hex  # a resumed run is the one that it goes on with
         self.loop_node = parts.train_cfg
+        self.figures: dict[str, float] = {}  # what hooks measured after the step, for metrics.jsonl and TensorBoard
         self._rope = parts.rope
         strategy = parts.strategy
         # the names under which FlexibleRunner asks a strategy for its own fields

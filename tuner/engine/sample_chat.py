@@ -10,9 +10,9 @@ import torch
 from tuner.dataset.chat_template import ChatTemplate, Segment, render
 from tuner.dataset.jinja_template import resolve_template
 from tuner.dataset.tokenize import Encoder
+from tuner.engine.aside import aside
 from tuner.engine.frame import Hook
 from tuner.engine.metrics import keep_lines
-from tuner.engine.randomness import random_state_kept
 from tuner.engine.strategy import StepResult
 from tuner.errors import UserError
 
@@ -75,24 +75,18 @@ class SampleChatHook(Hook):
                 file.write(row + "\n")
 
     def _reply(self, runner: "Runner", ids: list[int]) -> str:
-        """Generated text with its special tokens, so that tool calls show; modes and random states are put back."""
+        """Generated text with its special tokens, so that tool calls show."""
         llm = runner.model.get_submodule("llm")
-        modes = [(module, module.training) for module in llm.modules()]
         inputs = torch.tensor([ids], device=runner.strategy.device)  # (1, T) int64
-        llm.eval()
-        try:
-            with random_state_kept(), torch.no_grad(), runner.strategy.generation():
-                generated = llm.generate(
-                    inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=self.max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=self.stop_ids,
-                    pad_token_id=self.stop_ids[0],
-                )
-        finally:
-            for module, training in modes:
-                module.training = training
+        with aside(llm), runner.strategy.generation():
+            generated = llm.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.stop_ids[0],
+            )
         return runner.record.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=False)
 
 

@@ -37,6 +37,7 @@ FREE_SETTINGS = (
     "data_path", "num_accumulation_steps", "rank_timeout",
     "log_interval", "save_interval", "keep_checkpoints", "keep_every", "keep_best", "async_save",
     "copy_checkpoints_to", "sample_interval", "sample_prompts", "cache_dir",
+    "needle_interval", "needle_lengths", "needle_depths", "needle_languages", "needle_haystack",
 )  # fmt: skip
 # of a model's config: what changes nothing that is computed, or is a setting of its own
 FREE_MODEL_FACTS = (

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: an LLM and a batch of packed documents become the loss of the trained tokens."""
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from tuner.constants import IGNORE_INDEX
 from tuner.errors import UserError
 from tuner.method.loss import divisor, linear_cross_entropy
+from tuner.method.token_scores import scores_of, token_scores
 from tuner.model.attention import check_edges
 from tuner.model.attention_cut import check_whole, cut_attention, rope_by_longest
 from tuner.model.head import factors, product_of
@@ -66,6 +67,7 @@ class SFT(torch.nn.Module):
         max_seqlen: int,
         num_loss_tokens: float,
         loss_weights: torch.Tensor | None = None,
+        mode: Literal["loss", "scores"] = "loss",
     ) -> dict[str, torch.Tensor]:
         """The loss of one micro-batch; summed over those of an optimizer step it is the mean per trained token.
 
@@ -79,6 +81,7 @@ class SFT(torch.nn.Module):
             max_seqlen: tokens of the longest document.
             num_loss_tokens: trained tokens of the whole optimizer step; with weights, the sum of theirs.
             loss_weights: (1, T) float, what each label weighs; None where all weigh 1.
+            mode: "scores" gives the fields of `TokenScores` of the labels that are here in place of {"loss": ()}.
         """
         check_edges(cu_seqlens, max_seqlen, input_ids.shape[1] * self.num_parts)
         if self.rope_by_longest is not None and len(cu_seqlens) > 2:
@@ -94,6 +97,8 @@ class SFT(torch.nn.Module):
             "max_seqlen": max_seqlen,
             "use_cache": False,
         }
+        if mode == "scores":
+            return self._scores(batch, labels[0])
         weights = None if loss_weights is None else loss_weights[0]
         if not self.head_is_product:
             return {"loss": own_head_loss(self.llm, batch, labels[0], num_loss_tokens, weights)}
@@ -101,6 +106,13 @@ class SFT(torch.nn.Module):
         hidden, head = factors(self.llm, hidden)
         weights = None if weights is None else weights.to(hidden.device)
         return {"loss": linear_cross_entropy(hidden, head, labels[0].to(hidden.device), num_loss_tokens, weights)}
+
+    def _scores(self, batch: dict[str, Any], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.head_is_product:
+            trained = (labels != IGNORE_INDEX).nonzero().flatten()
+            return scores_of(self.llm(**batch, logits_to_keep=trained).logits[0], labels[trained])._asdict()
+        hidden = self.llm.get_decoder()(**batch).last_hidden_state[0]  # (T, H)
+        return token_scores(*factors(self.llm, hidden), labels.to(hidden.device))._asdict()
 
 
 def own_head_loss(

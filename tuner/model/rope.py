@@ -188,12 +188,22 @@ def beyond_reach(own: OwnRope, length: int) -> str | None:
     meant = reach(own)
     if length <= meant:
         return None
-    kind, base = own.parameters["rope_type"], own.parameters["rope_theta"]
-    factor = math.ceil(length / (own.parameters.get(ORIGINAL) or own.max_position_embeddings))
-    larger = fixed_base(base, USUAL_FACTOR, length / meant, own.dims)
+    return f"max_length = {length:,} is {over(own)} Set {remedy(own, length)}, or max_length = {meant}."
+
+
+def over(own: OwnRope) -> str:
+    """What is wrong with a length beyond the reach."""
+    kind = own.parameters["rope_type"]
     odd = f" Its {kind} scaling would turn each document by a length of its batch." if kind in BY_LENGTH else ""
+    return f"more than the {reach(own):,} positions that the model's rotary embedding is meant for.{odd}"
+
+
+def remedy(own: OwnRope, length: int) -> str:
+    """Settings with which training at that length makes sense."""
+    base = own.parameters["rope_theta"]
+    factor = math.ceil(length / (own.parameters.get(ORIGINAL) or own.max_position_embeddings))
+    larger = fixed_base(base, USUAL_FACTOR, length / reach(own), own.dims)
     return (
-        f"max_length = {length:,} is more than the {meant:,} positions that the model's rotary embedding is meant for."
-        f"{odd} Set a larger base, rope_theta = {larger:.3g} (it is {base:g}), or "
-        f'rope_scaling = {{"rope_type": "yarn", "factor": {factor}}}, or max_length = {meant}.'
+        f"a larger base, rope_theta = {larger:.3g} (it is {base:g}), or "
+        f'rope_scaling = {{"rope_type": "yarn", "factor": {factor}}}'
     )

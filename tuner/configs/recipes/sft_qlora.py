@@ -13,8 +13,9 @@ from tuner.dataset.build import (
     build_shards,
     build_stream,
 )
+from tuner.dataset.needle_grid import NeedleGrid
 from tuner.dataset.rendering import Rendering
-from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, SampleChatHook
+from tuner.engine.hooks import CheckpointHook, CurvesHook, MetricsHook, NeedleHook, SampleChatHook
 from tuner.engine.loop import TrainLoop
 from tuner.engine.optimizer import adamw
 from tuner.engine.schedule import WarmupCosine
@@ -93,6 +94,11 @@ async_save = True  # write while training goes on, which waits only for a copy i
 copy_checkpoints_to: str | None = None  # a directory, such as on a disk for archives, that gets a copy of each
 sample_interval = 100  # steps between sampled replies to the prompts; 0 is never
 sample_prompts = ["请介绍一下你自己。", "What can you help me with?"]  # what the sampled replies answer
+needle_interval = 0  # steps between heat maps of which sentences, hidden in long text, the model finds; 0 is never
+needle_lengths = "1k,4k,32k"  # tokens of that text, k is 1,024; beyond max_length they show how far the model reaches
+needle_depths = "0:100:25"  # where in it, in percent: FIRST:LAST:STEP, or a list such as "0,50,100"
+needle_languages = "en,zh"  # of text and sentences
+needle_haystack: list[str] = []  # text files to hide them in; none: made sentences
 
 # assembly
 tokenizer = dict(type=build_tokenizer, path=model_path)
@@ -184,6 +190,19 @@ train_cfg = dict(
 )
 
 custom_hooks = [
+    dict(
+        type=NeedleHook,
+        interval=needle_interval,
+        needles=dict(
+            type=NeedleGrid,
+            lengths=needle_lengths,
+            depths=needle_depths,
+            languages=needle_languages,
+            haystack=needle_haystack,
+            seed=seed,
+        ),
+        pack_tokens=max_length,
+    ),
     dict(type=MetricsHook, interval=log_interval),
     dict(type=SampleChatHook, interval=sample_interval, prompts=sample_prompts),
     dict(
