@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,20 @@ def test_fifty_kills(tmp_path, async_save):
 def test_twenty_kills_of_two_ranks(tmp_path, stage):
     source = write_source(tmp_path, deepspeed=stage, max_steps=NUM_STEPS)
     kill_many(tmp_path, source, 20, num_ranks=2)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("settings", [{"async_save": True}, {"async_save": True, "save_interval": 9}])
+def test_a_disk_that_hangs_ends_a_run_that_is_alone_within_25_seconds(tmp_path, settings):
+    """Where training waits at the next save, and at the end of the run for the last one."""
+    step = 1 if "save_interval" not in settings else 4
+    trials = Trials(tmp_path, write_source(tmp_path, max_steps=4, rank_timeout=10, **settings))
+    trials.start(Fault("tuner.engine.snapshot:write_file", hangs=True))
+    assert trials.wait() == [3]
+    said = trials.log.read_text()
+    assert time.time() - float(said.partition("hangs at ")[2].split()[0]) < 25
+    assert f"Rank 0 hangs in saving step {step}: its writer writes its files for " in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.faults

@@ -46,6 +46,7 @@ class Fault(NamedTuple):
     point: str = ""  # "module:function" in front of which, or behind which, it kills itself
     behind: bool = False
     call: int = 1  # the how manieth call of it
+    hangs: bool = False  # in place of killing itself
     max_file_size: int | None = None  # bytes, beyond which the system refuses to write
 
 
@@ -71,7 +72,7 @@ def rank_main(environment: dict[str, str], log: Path, source: str, work_dir: Pat
 
 
 def kill_at(fault: Fault) -> None:
-    """Make a function end the process with SIGKILL."""
+    """Make a function end the process with SIGKILL, or never return."""
     import importlib
 
     module_name, name = fault.point.split(":")
@@ -83,13 +84,21 @@ def kill_at(fault: Fault) -> None:
         nonlocal num_calls
         num_calls += 1
         if num_calls == fault.call and not fault.behind:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end_or_hang(fault)
         result = function(*args, **settings)
         if num_calls == fault.call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end_or_hang(fault)
         return result
 
     setattr(module, name, deadly)
+
+
+def end_or_hang(fault: Fault) -> None:
+    """What happens to a rank at its point."""
+    if not fault.hangs:
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(f"hangs at {time.time()}", flush=True)
+    time.sleep(PATIENCE)
 
 
 class Trials:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tuner.engine.checkpoint import Entry, write_text_atomically
@@ -56,8 +56,10 @@ def note_name(rank: int) -> str:
     return f".written-{rank:05d}.json"
 
 
-def gather_notes(draft: Path, world: World, given_up: threading.Event) -> dict[str, Entry]:
-    """Wait until all ranks have written; the entries of all files.
+def gather_notes(
+    draft: Path, world: World, given_up: threading.Event, *, waits_for: Callable[[int], None]
+) -> dict[str, Entry]:
+    """Wait until all ranks have written, telling `waits_for` of each whom it is for; the entries of all files.
 
     Raises:
         OSError: a rank could not.
@@ -66,6 +68,7 @@ def gather_notes(draft: Path, world: World, given_up: threading.Event) -> dict[s
     entries: dict[str, Entry] = {}
     for rank in range(world.size):
         path = draft / note_name(rank)
+        waits_for(rank)
         while not path.exists():
             if given_up.wait(POLL_SECONDS):
                 raise GivenUpError(f"rank {rank} had not written its files")

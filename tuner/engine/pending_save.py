@@ -15,6 +15,8 @@ from tuner.engine.world import World
 
 WRITE_FAILURES = (OSError, NonFiniteTensorError, GivenUpError)
 """what may go wrong without a mistake in the code; others end the run"""
+WRITES, WAITS, PUBLISHES = "writes its files", "waits for the files of rank", "makes the checkpoint whole"
+"""parts of a save, for messages"""
 SHUTDOWN_SECONDS = 60.0
 """how long a run that has failed waits for its last checkpoint"""
 
@@ -50,6 +52,7 @@ class PendingSave:
         self.num_bytes = sum(gather_objects(snapshot.num_bytes, world))
         self.path = checkpoint_path(work_dir, snapshot.step)
         self.seconds = 0.0  # from here until the checkpoint is there
+        self.part = WRITES  # where this rank's thread is
         self._snapshot, self._world, self._published = snapshot, world, published
         self._written, self._given_up = threading.Event(), threading.Event()
         self._write_error: Exception | None = None
@@ -65,6 +68,16 @@ class PendingSave:
     def is_under_way(self) -> bool:
         """Whether this rank's thread is still at work on it."""
         return self._thread.is_alive()
+
+    @property
+    def thread_id(self) -> int:
+        """Of this rank's thread, as threading counts them."""
+        return self._thread.ident or 0
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for this rank's thread for so long; whether it is done."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def problem(self) -> str | None:
@@ -106,6 +119,9 @@ class PendingSave:
         said = text if self._world.size == 1 else f"rank {rank}: {text}"
         return NonFiniteSaveError(said) if is_value else SaveError(said)
 
+    def _wait_for(self, rank: int) -> None:
+        self.part = f"{WAITS} {rank}"
+
     def _run(self) -> None:
         draft = draft_of(self.path)
         try:
@@ -119,7 +135,8 @@ class PendingSave:
         if not self._world.is_first:
             return
         try:
-            entries = gather_notes(draft, self._world, self._given_up)
+            entries = gather_notes(draft, self._world, self._given_up, waits_for=self._wait_for)
+            self.part = PUBLISHES
             publish(draft, self.path, entries, self._snapshot.facts)
             self.seconds = time.perf_counter() - self._started
             self._published(self.path)

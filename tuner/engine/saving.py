@@ -10,6 +10,7 @@ from tuner.engine.checkpoint import best_checkpoint, checkpoint_path, list_check
 from tuner.engine.cold_storage import ColdStorage
 from tuner.engine.frame import Hook
 from tuner.engine.host_copies import HostCopies
+from tuner.engine.hung_save import watch_save
 from tuner.engine.pending_save import NonFiniteSaveError, PendingSave, SaveError
 from tuner.engine.progress import CHECKPOINT
 from tuner.engine.snapshot import take_snapshot
@@ -142,6 +143,7 @@ class CheckpointHook(Hook):
             self._fail(runner, runner.strategy.step, error, is_last)
         else:
             self._untold = self._pending
+            watch_save(self._pending, world, runner.strategy.progress, timeout=runner.train_loop.rank_timeout)
 
     def _settle(self, runner: "Runner", is_last: bool) -> None:
         """Wait for the save that is under way, if any; all ranks come to the same end of it."""
