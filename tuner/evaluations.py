@@ -34,3 +34,22 @@ def needle_command(model_dir: str, **options: Any) -> None:
     from tuner.evaluate.needle import evaluate_needle
 
     evaluate_needle(model_dir, **options)
+
+
+@evaluate_group.command("loss")
+@click.argument("model_dir", type=click.Path(), metavar="MODEL|CHECKPOINT|ADAPTER")
+@click.argument("data", nargs=-1, required=True, metavar="DATA...")
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="A LoRA on top of MODEL.")
+@click.option("--format", "data_format", default="auto", show_default=True, help="As in a config's data_format.")
+@click.option("--template", help="Chat template.  [default: the one that was trained, or fits the tokenizer]")
+@click.option("--loss-on", default="assistant", show_default=True, help="As in a config's loss_on; text counts whole.")
+@click.option("--max-length", metavar="TOKENS", help="Cut longer documents there, such as 32k.  [default: never]")
+@click.option("--bucket", default="1k", show_default=True, metavar="TOKENS", help="The first; each next one doubles.")
+@click.option("--pack-tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="In one pass.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="loss", show_default=True)
+@debug_option
+def loss_command(model_dir: str, data: tuple[str, ...], **options: Any) -> None:
+    """Loss on held-out documents, by position in them and by their length: tables, curves, and all numbers as JSON."""
+    from tuner.evaluate.loss import evaluate_loss
+
+    evaluate_loss(model_dir, data, **options)

@@ -1,9 +1,10 @@
 """A model to be measured: loaded as `tuner chat` loads it, in a method that scores packed documents."""
 
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -12,12 +13,15 @@ from tuner.errors import UserError
 from tuner.method.sft import SFT
 from tuner.model.rope import over, own_rope, reach, remedy
 from tuner.model.tokenizer import check_vocabulary
+from tuner.new_files import check_new
+
+T = TypeVar("T")
 
 
 def refuse_overwriting(out: Path, names: Sequence[str]) -> None:
     """UserError where one of the files is there already, or the directory cannot be one."""
-    if taken := [name for name in names if (out / name).exists()]:
-        raise UserError(f"{out / taken[0]} exists already, and nothing is overwritten. Choose another --out.")
+    for name in names:
+        check_new(out / name)
     blocked = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
     if blocked is not None:
         raise UserError(f"--out {out}: {blocked} is a file. Name a directory, new or not.")
@@ -56,3 +60,23 @@ def warn_of_length(llm: PreTrainedModel, longest: int, option: str) -> None:
             f"{remedy(own, longest)}.",
             stacklevel=2,
         )
+
+
+def told(found: Iterable[T], sizes: Sequence[int], unit: str) -> Iterator[T]:
+    """What is found, and every two seconds how far that is.
+
+    Args:
+        sizes: tokens of each.
+        unit: what they are, in the plural.
+    """
+    began = last = time.monotonic()
+    total, done = sum(sizes), 0
+    for number, (one, size) in enumerate(zip(found, sizes), 1):
+        done += size
+        now = time.monotonic()
+        if now - last > 2 or number == len(sizes):
+            rate = done / max(now - began, 1e-9)
+            left = (total - done) / rate
+            print(f"  {number} of {len(sizes)} {unit}, {rate:,.0f} tokens/s, {left:.0f} s left", flush=True)
+            last = now
+        yield one

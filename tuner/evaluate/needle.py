@@ -1,8 +1,7 @@
 """`tuner evaluate needle`: whether a model finds sentences again, at each length and depth."""
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from tuner.engine.aside import aside
 from tuner.engine.heat_map import draw_maps, text_map
 from tuner.engine.needle import scored_cells
 from tuner.engine.scoring import alone
-from tuner.evaluate.loaded import load_method, refuse_overwriting, warn_of_length
+from tuner.evaluate.loaded import load_method, refuse_overwriting, told, warn_of_length
 from tuner.method.recall import generated
 from tuner.method.sft import SFT
+from tuner.new_files import write_new
 
 FILES = ("needle.json", "needle.png")
 
@@ -57,26 +57,12 @@ def score(
         mode, pack_tokens: as for `evaluate_needle`.
     """
     with aside(method):
-        rows = list(told(scored_cells(alone(method), cells, make, pack_tokens), cells))
+        found = scored_cells(alone(method), cells, make, pack_tokens)
+        rows = list(told(found, [cell.length for cell in cells], "cells"))
         if mode == "generate":
             for row, cell in zip(rows, cells):
                 row["generated"] = generated(method.llm, make(cell))
     return rows
-
-
-def told(rows: Iterable[dict[str, Any]], cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
-    """The rows, and every two seconds how many there are."""
-    began = last = time.monotonic()
-    total, done = sum(cell.length for cell in cells), 0
-    for number, row in enumerate(rows, 1):
-        done += row["length"]
-        now = time.monotonic()
-        if now - last > 2 or number == len(cells):
-            rate = done / max(now - began, 1e-9)
-            left = (total - done) / rate
-            print(f"  {number} of {len(cells)} cells, {rate:,.0f} tokens/s, {left:.0f} s left", flush=True)
-            last = now
-        yield row
 
 
 def report(rows: Sequence[dict[str, Any]], out: Path) -> None:
@@ -86,8 +72,7 @@ def report(rows: Sequence[dict[str, Any]], out: Path) -> None:
     for name, grid in grids.items():
         print(f"\n{name}: answers that are {'generated' if column == 'generated' else 'the likeliest'}")
         print("\n".join(text_map(grid)))
-    out.mkdir(parents=True, exist_ok=True)
     data, picture = (out / name for name in FILES)
-    data.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
+    write_new(data, json.dumps(list(rows), indent=1) + "\n")
     draw_maps(grids, picture)
     print(f"\n{picture}  {data}")
