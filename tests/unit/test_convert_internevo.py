@@ -1,6 +1,7 @@
 """`tuner convert internevo`: parts cut here index by index join to the model; resizing and back keep all bits."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from tuner.cli import run
 from tuner.convert.internevo import convert_internevo
 from tuner.convert.internevo_again import origin_of
 from tuner.convert.internevo_parts import join
+from tuner.convert.pickled import read_pickle
 from tuner.convert.record import RECORD
 from tuner.convert.reload import MismatchError, compare
+from tuner.convert.tensors import Piece
+from tuner.convert.torch_archive import STORAGE_CLASSES, write_archive
 from tuner.errors import UserError
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.internlm2.modeling import InternLM2ForCausalLM
@@ -193,6 +197,28 @@ def test_a_model_becomes_parts_and_comes_back(split_hidden: bool, base: Path, tm
     assert {key: settings[key] for key in SETTINGS} == SETTINGS | {"embed_split_hidden": split_hidden}
     found = to_model(parts, tmp_path / "hf", base)
     assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_a_written_part_is_a_file_as_torch_saves_it(tmp_path: Path) -> None:
+    tensors = {f"of {dtype}": torch.arange(12).view(3, 4).to(dtype) for dtype in STORAGE_CLASSES}
+    tensors |= {"empty": torch.empty(0, 4), "number": torch.tensor(2.5), "long": torch.randn(3, 1 << 20)}
+    torch.save(tensors, tmp_path / "theirs.pt")
+    blocks = {name: (tensor[:1], tensor[1:]) if tensor.dim() else (tensor,) for name, tensor in tensors.items()}
+    pieces = {
+        name: Piece(name, tensor.dtype, tuple(tensor.shape), partial(iter, blocks[name]))
+        for name, tensor in tensors.items()
+    }
+    write_archive(tmp_path / "ours.pt", pieces)
+    ours, theirs = (read_pickle(tmp_path / name) for name in ("ours.pt", "theirs.pt"))
+    assert list(ours) == list(theirs)
+    for options in ({"weights_only": True}, {"weights_only": False}, {"weights_only": True, "mmap": True}):
+        found = torch.load(tmp_path / "ours.pt", **options)
+        for name, tensor in tensors.items():
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found[name], tensor), name
+    for name in tensors:
+        assert (ours[name].strides, ours[name].region.crc) == (theirs[name].strides, theirs[name].region.crc), name
+        assert ours[name].begin % 64 == 0, "as torch.save aligns them"
 
 
 def interleaved(wqkv: torch.Tensor) -> torch.Tensor:

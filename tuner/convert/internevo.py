@@ -22,7 +22,7 @@ from tuner.convert.internevo_parts import (
     join,
     part_of,
 )
-from tuner.convert.layout import Source, blocks_of, digest, piece_of
+from tuner.convert.layout import Source, digest, piece_of
 from tuner.convert.llama import check_shapes, read_settings, without_buffers
 from tuner.convert.llama_form import internlm2_shapes
 from tuner.convert.model_files import model_tensors
@@ -33,6 +33,7 @@ from tuner.convert.settings import write_json
 from tuner.convert.sharding import DEFAULT_SHARD_SIZE, write_shards
 from tuner.convert.tensors import total_bytes
 from tuner.convert.tokenizer_files import write_internlm2_companions
+from tuner.convert.torch_archive import write_archive
 from tuner.errors import UserError
 from tuner.model.directory import check_model_directory
 from tuner.model.internlm2.configuration import InternLM2Config
@@ -197,7 +198,7 @@ def as_parts(source: Path) -> Joined:
 
 
 def write_parts(source: Path, out: Path, model: Joined, tp: int, split_hidden: bool) -> Path:
-    """A file for each of `tp` ranks, all layers in it; one is in memory at a time."""
+    """A file for each of `tp` ranks, all layers in it; of each a block is in memory at a time."""
     check_divides(model.tensors, tp, model.heads.num_key_value_heads, split_hidden)
     settings = {**model.settings, "embed_split_hidden": split_hidden}
     pieces = [piece_of(name, tensor) for name, tensor in model.tensors.items()]
@@ -205,22 +206,16 @@ def write_parts(source: Path, out: Path, model: Joined, tp: int, split_hidden: b
     with publishing(out, num_bytes=total_bytes(pieces)) as draft:
         for rank in range(tp):
             part = {
-                model.prefix + name: whole(part_of(name, tensor, rank, tp, split_hidden))
+                model.prefix + name: piece_of(name, part_of(name, tensor, rank, tp, split_hidden))
                 for name, tensor in model.tensors.items()
             }
-            torch.save(part, draft / f"model_tp{rank}_pp0.pt")
-            del part
+            write_archive(draft / f"model_tp{rank}_pp0.pt", part)
         torch.save(settings, draft / CONFIG)
         digests = compare(model, join(draft), source)
         checks.checked.append(f"all {len(digests)} tensors, joined from the written files, against the bytes that came")
         write_record(draft, "internevo parts", {"model": source.resolve().name}, pieces, digests, checks)
     print(checks.summary(), flush=True)
     return out
-
-
-def whole(source: Source) -> torch.Tensor:
-    """The tensor in memory."""
-    return torch.cat(list(blocks_of(source))).contiguous()
 
 
 def compare(expected: Joined, found: Joined, source: Path) -> dict[str, str]:
