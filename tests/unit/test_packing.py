@@ -1,11 +1,14 @@
 """Packing: every document once, none cut, as full as best-fit gets, and a function of its arguments alone."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from tuner.dataset.packing import RUN, _mix, balanced_order, pack, pack_each, permutation, random_bits, reorder
+from tuner.dataset import ordering
+from tuner.dataset.ordering import _mix, permutation, random_bits
+from tuner.dataset.packing import RUN, balanced_order, pack, pack_each, reorder
 from tuner.errors import UserError
 
 
@@ -64,7 +67,7 @@ def test_packs_are_full_at_every_context_length(draw, max_length, least):
 
 def waiting(packs, lengths: np.ndarray, num_ranks: int) -> float:
     """What the slowest of the ranks takes over what they take on average, in attention, step after step."""
-    costs = packs.sizes(lengths**2)
+    costs = packs.costs(lengths)
     steps = costs[: len(costs) // num_ranks * num_ranks].reshape(-1, num_ranks)
     return float(steps.max(1).sum() / steps.mean(1).sum())
 
@@ -73,12 +76,12 @@ def waiting(packs, lengths: np.ndarray, num_ranks: int) -> float:
 def test_ranks_that_meet_in_a_step_have_packs_of_like_cost(max_length, most):
     lengths = chats_papers_and_books(60_000, max_length)
     packs = pack(lengths, max_length, (0, 0))
-    at_random = reorder(packs.documents, np.diff(packs.edges), permutation(len(packs), (9,)))
+    at_random = reorder(packs, permutation(len(packs), (9,)))
     assert waiting(at_random, lengths, 8) > 1.4
     for num_ranks in (2, 4, 8):
         assert waiting(packs, lengths, num_ranks) < most
     alone = pack_each(lengths, (0, 0))
-    alone_at_random = reorder(alone.documents, np.ones_like(lengths), permutation(len(lengths), (9,)))
+    alone_at_random = reorder(alone, permutation(len(lengths), (9,)))
     assert waiting(alone, lengths, 8) < 0.4 * waiting(alone_at_random, lengths, 8)
 
 
@@ -86,7 +89,7 @@ def test_eight_ranks_at_128k_wait_a_hundredth_of_a_step():
     """FLOPs of a 7B's step: 6 for each of 7.7e9 weights and token, 6 x 32 layers x 4096 for a pair of tokens."""
     lengths = chats_papers_and_books(120_000, 131_072)
     packs = pack(lengths, 131_072, (0, 0))
-    costs = 6 * 7.7e9 * packs.sizes(lengths) + 6 * 32 * 4096 * packs.sizes(lengths**2)
+    costs = 6 * 7.7e9 * packs.sizes(lengths) + 6 * 32 * 4096 * packs.costs(lengths)
 
     def waiting_of(costs: np.ndarray) -> float:
         steps = costs[: len(costs) // 8 * 8].reshape(-1, 8)
@@ -130,6 +133,35 @@ def test_seeds_give_other_packs_of_the_same_sizes():
     assert sorted(one.sizes(lengths)) == sorted(other.sizes(lengths))
     groups = [{frozenset(packs[p].tolist()) for p in range(len(packs)) if len(packs[p]) > 3} for packs in (one, other)]
     assert len(groups[0] & groups[1]) < 0.05 * len(groups[0]), "another epoch must mix other documents"
+
+
+@pytest.mark.parametrize("spread", [1, 2, 500])
+def test_pieces_put_numbers_in_the_order_that_one_sort_of_all_does(monkeypatch, spread):
+    lengths = np.random.default_rng(spread).integers(1, 1 + spread, 5000).astype(np.int32)
+    bits = random_bits(len(lengths), [3, 1, 0])
+    whole = np.lexsort((bits >> np.uint64(40), lengths)), np.argsort(random_bits(len(lengths), [3, 1]), kind="stable")
+    packs = pack(lengths, 600, (3, 1))
+    monkeypatch.setattr(ordering, "PIECE", 1024)
+    order, starts = ordering.by_length(lengths, (3, 1))
+    assert np.array_equal(order, whole[0])
+    assert np.array_equal(np.diff(starts), np.bincount(lengths))
+    assert np.array_equal(permutation(len(lengths), (3,)), whole[1])
+    monkeypatch.setattr("tuner.dataset.packing.PIECE", 1024)
+    assert all(map(np.array_equal, vars(pack(lengths, 600, (3, 1))).values(), vars(packs).values()))
+
+
+def test_packing_takes_no_more_than_a_few_bytes_a_document(monkeypatch):
+    """What 100 million rows of 1 KB, or 100 GB, need on a machine of 4 GB: 12 bytes beside the 4 of the length."""
+    lengths = lognormal_lengths(1_000_000, 1024).astype(np.int32)
+    monkeypatch.setattr(ordering, "PIECE", 1 << 15)  # so that a piece is small beside the whole, as there
+    monkeypatch.setattr("tuner.dataset.packing.PIECE", 1 << 15)
+    tracemalloc.start()
+    packs = pack(lengths, 4096, (0, 0))
+    kept, peak = (size / len(lengths) for size in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    assert packs.documents.dtype == packs.edges.dtype == np.int32
+    assert kept < 5
+    assert peak < 16
 
 
 def test_packs_of_like_lengths_are_spread_over_the_epoch():

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from tuner.dataset.ordering import pieces
 from tuner.dataset.packing import Packs
 from tuner.dataset.shards import Shards
 from tuner.errors import UserError
@@ -32,15 +33,17 @@ def contributions(shards: Shards, packs: Packs) -> list[dict[str, Any]]:
     weights: list[float | None] = [share.weight for share in shards.shares]
     weights = weights or [None] * len(names)
     starts = share_starts(shards) if shards.shares else shards.starts.tolist()
-    total = int(shards.lengths[packs.documents].sum())
-    before = np.concatenate([[0], np.cumsum(shards.lengths)])  # tokens before each document
-    sources = np.searchsorted(starts, packs.documents, side="right") - 1
-    drawn = np.bincount(sources, minlength=len(names))
-    drawn_tokens = np.bincount(sources, weights=shards.lengths[packs.documents], minlength=len(names))
+    drawn, drawn_tokens = np.zeros((2, len(names)), np.int64)
+    for piece in pieces(len(packs.documents)):
+        lengths = shards.lengths[packs.documents[piece]]
+        sources = np.searchsorted(starts, packs.documents[piece], side="right") - 1
+        drawn += np.bincount(sources, minlength=len(names))
+        drawn_tokens += np.bincount(sources, weights=lengths, minlength=len(names)).astype(np.int64)
+    total = int(drawn_tokens.sum())
     rows = []
     for place, (name, weight) in enumerate(zip(names, weights)):
         start, end = starts[place : place + 2]
-        tokens = int(before[end] - before[start])
+        tokens = int(shards.lengths[start:end].sum())
         rows.append({
             "source": name, "weight": weight, "documents": end - start, "tokens": tokens,
             "drawn_documents": int(drawn[place]), "drawn_tokens": int(drawn_tokens[place]),

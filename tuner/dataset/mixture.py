@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.dataset.packing import RUN, IntArray, Packs, pack, pack_each, random_bits, reorder
+from tuner.dataset.ordering import IntArray, number_type, random_bits
+from tuner.dataset.packing import NO_PACKS, RUN, Packs, edges_of, pack, pack_each, reorder
 from tuner.dataset.places import BLOCK, Places, even_order
 
 MIN_ROUND = 64  # packs: a source that has fewer is packed several times over at once,
@@ -50,9 +51,12 @@ class Mixture:
         self._seed, self._pack = seed, pack
         self._last: dict[int, tuple[int, Packs]] = {}  # the next epoch goes on in a source's last round
         tokens = [int(lengths[start:end].sum()) for start, end in pairwise(starts)]
-        counts = [len(self._packed(source, 0, repeats=1)) for source in range(len(weights))]
+        once = [self._packed(source, 0, repeats=1) for source in range(len(weights))]
+        counts = [len(packs) for packs in once]
         self._repeats = [self._enough(source, *each) for source, each in enumerate(zip(counts, tokens))]
-        rounds = [self._packed(source, 0, times) for source, times in enumerate(self._repeats)]
+        rounds = [
+            self._packed(source, 0, times) if times > 1 else once[source] for source, times in enumerate(self._repeats)
+        ]
         self._rounds = [len(packs) for packs in rounds]
         full = [total * times / size for total, times, size in zip(tokens, self._repeats, self._rounds)]
         self.num_packs = sum(counts)
@@ -60,7 +64,7 @@ class Mixture:
         if run > 1:
             self.num_packs = -(-self.num_packs // run) * run  # so that every epoch begins with a run
         shares = [weight / mean for weight, mean in zip(weights, full)]
-        self._places = Places([packs.sizes(lengths**2) for packs in rounds], shares, run=run, seed=seed)
+        self._places = Places([packs.costs(lengths) for packs in rounds], shares, run=run, seed=seed)
 
     def _enough(self, source: int, count: int, tokens: int) -> int:
         """How often a source comes in a round: until it fills MIN_ROUND packs, or is MOST_DOCUMENTS."""
@@ -75,25 +79,24 @@ class Mixture:
         sources, before = self._places.sources(first, first + self.num_packs)
         parts = [self._next(source, int(before[source]), int(number)) for source, number in enumerate(
             np.bincount(sources, minlength=len(before)))]  # fmt: skip
-        documents = np.concatenate([part for part, _ in parts])
-        sizes = np.concatenate([part for _, part in parts])
+        drawn = joined(parts)
+        del parts
         places = np.empty_like(sources)  # of each pack of the epoch among those, which lie source by source
         places[np.argsort(sources, kind="stable")] = np.arange(len(sources))
-        return reorder(documents, sizes, places)
+        return reorder(drawn, places)
 
-    def _next(self, source: int, first: int, number: int) -> tuple[IntArray, IntArray]:
-        """Packs `first` to `first + number` of a source's endless row: their documents, and how many each has."""
-        documents, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    def _next(self, source: int, first: int, number: int) -> Packs:
+        """Packs `first` to `first + number` of a source's endless row."""
+        found = [NO_PACKS]
         size, last = self._rounds[source], first + number
         while first < last:
             turn, begin = divmod(first, size)
             packs = self._round(source, turn)
             end = min(size, begin + last - first)
             edges = packs.edges[begin : end + 1]
-            documents.append(packs.documents[edges[0] : edges[-1]])
-            sizes.append(np.diff(edges))
+            found.append(Packs(packs.documents[edges[0] : edges[-1]], edges - edges[0]))
             first += end - begin
-        return np.concatenate(documents), np.concatenate(sizes)
+        return joined(found)
 
     def _round(self, source: int, turn: int) -> Packs:
         """Round `turn` of a source, in the order in which its packs are trained: costly ones at costly places."""
@@ -106,17 +109,27 @@ class Mixture:
             else:
                 places = self._places.ranks(source, turn * len(packs), len(packs))
                 order = np.empty(len(packs), np.int64)
-                order[np.lexsort((bits, places))] = np.argsort(packs.sizes(self._lengths**2), kind="stable")
-            self._last[source] = (turn, reorder(packs.documents, np.diff(packs.edges), order))
+                order[np.lexsort((bits, places))] = np.argsort(packs.costs(self._lengths), kind="stable")
+            self._last[source] = (turn, reorder(packs, order))
         return self._last[source][1]
 
     def _packed(self, source: int, turn: int, repeats: int) -> Packs:
         """The packs of a round of a source, in which each of its documents comes `repeats` times."""
         start, end = self._starts[source : source + 2]
         seed = (self._seed, source, turn)
-        lengths = np.tile(self._lengths[start:end], repeats)
+        lengths = self._lengths[start:end]
+        lengths = np.tile(lengths, repeats) if repeats > 1 else lengths
         packs = levelled(pack(lengths, self._max_length, seed), lengths) if self._pack else pack_each(lengths, seed)
-        return Packs(start + packs.documents % (end - start), packs.edges)
+        documents: IntArray = packs.documents.astype(number_type(end), copy=False)
+        np.remainder(documents, end - start, out=documents)
+        np.add(documents, start, out=documents)
+        return Packs(documents, packs.edges)
+
+
+def joined(parts: Sequence[Packs]) -> Packs:
+    """The packs of one after those of the other."""
+    sizes = [np.diff(part.edges) for part in parts]
+    return Packs(np.concatenate([part.documents for part in parts]), edges_of(np.concatenate(sizes)))
 
 
 def are_uneven(sizes: IntArray) -> bool:
@@ -156,6 +169,5 @@ def levelled(packs: Packs, lengths: IntArray) -> Packs:
     if max(heap)[0] > sizes.max():
         return packs
     kept = np.setdiff1d(np.arange(len(packs)), pool)
-    others = reorder(packs.documents, np.diff(packs.edges), kept)
-    edges = np.concatenate([others.edges, others.edges[-1] + np.cumsum([len(part) for part in shared])])
-    return Packs(np.concatenate([others.documents, *shared]), edges)
+    together = Packs(np.concatenate(shared).astype(packs.documents.dtype), edges_of(np.array(list(map(len, shared)))))
+    return joined([reorder(packs, kept), together])

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.dataset.buckets import Groups, group
-from tuner.dataset.collate import Batch, collate_packs, num_padding
+from tuner.dataset.collate import Batch, collate_packs
 from tuner.dataset.contributions import contributions, contributions_table, share_starts
 from tuner.dataset.ledger import Count, Ledger
 from tuner.dataset.mixture import Mixture
-from tuner.dataset.packing import IntArray, Packs, pack, pack_each
+from tuner.dataset.ordering import IntArray, number_type
+from tuner.dataset.packing import Packs, pack, pack_each
 from tuner.dataset.sampler import StepPlan
 from tuner.dataset.shards import Shards
 from tuner.errors import UserError
@@ -51,11 +52,11 @@ class PackedDataset:
         self.max_length, self.seed, self.pack = max_length, seed, pack
         self.pad_to_multiple_of = pad_to_multiple_of
         self._epochs: OrderedDict[int, Packs] = OrderedDict()
-        self._groups = self._grouped(buckets)
+        self._buckets = buckets
         self._mixture = self._mixed() if shards.shares or buckets else None
         sizes = self.packs(0).sizes(shards.lengths)
         self.num_packs = len(sizes)
-        padding = sum(num_padding(size, pad_to_multiple_of) for size in sizes.tolist()) if pad_to_multiple_of > 1 else 0
+        padding = int((-sizes % pad_to_multiple_of).sum())  # as `num_padding` of each, for none is empty
         drawn = Count(len(self.packs(0).documents), int(sizes.sum())) if self._mixture else Count()
         ledger = replace(shards.ledger, drawn=drawn, packs=self.num_packs, max_length=max_length, padding=padding)
         self.ledger: Ledger = ledger
@@ -68,7 +69,7 @@ class PackedDataset:
         print(f"{number:,} documents in {self.num_packs:,} packs of {max_length:,}, {ledger.efficiency:.2%} full")
 
     @property
-    def num_loss_tokens(self) -> NDArray[np.int64] | NDArray[np.float64]:
+    def num_loss_tokens(self) -> IntArray | NDArray[np.float64]:
         """(documents,) labels of each document, each counted as it weighs: floats where some do not weigh 1."""
         return self.shards.num_loss_tokens if self.shards.loss_weight is None else self.shards.loss_weight
 
@@ -79,9 +80,9 @@ class PackedDataset:
     def packs(self, epoch: int) -> Packs:
         """The packs of an epoch: a function of (lengths, max_length, seed, epoch)."""
         if epoch not in self._epochs:
-            self._epochs[epoch] = self._packed(epoch)
-            while len(self._epochs) > NUM_CACHED_EPOCHS:
+            while len(self._epochs) >= NUM_CACHED_EPOCHS:  # before another takes its memory
                 self._epochs.popitem(last=False)
+            self._epochs[epoch] = self._packed(epoch)
         return self._epochs[epoch]
 
     def __getitem__(self, plan: StepPlan) -> list[Batch]:
@@ -97,7 +98,7 @@ class PackedDataset:
         return self.shards.fingerprint
 
     @property
-    def sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def sizes(self) -> tuple[IntArray, IntArray]:
         """(documents,) tokens and labels of each document of the first epoch."""
         documents = self.packs(0).documents
         return self.shards.lengths[documents], self.shards.num_loss_tokens[documents]
@@ -135,21 +136,23 @@ class PackedDataset:
     def _packed(self, epoch: int) -> Packs:
         if self._mixture:
             packs = self._mixture.packs(epoch)
-            return Packs(self._groups.order[packs.documents], packs.edges)
+            return Packs(self._groups.order[packs.documents], packs.edges) if self._buckets else packs
         seed = (self.seed, epoch)
         return pack(self.shards.lengths, self.max_length, seed) if self.pack else pack_each(self.shards.lengths, seed)
 
-    def _grouped(self, buckets: Mapping[int, float] | None) -> Groups:
+    @cached_property
+    def _groups(self) -> Groups:
         """Sources by weight, and their documents by length. Raises UserError for a source or bucket without any."""
-        shards, shares = self.shards, self.shards.shares
+        shards, shares, buckets = self.shards, self.shards.shares, self._buckets
         starts = share_starts(shards) if shares else [0, len(shards)]
         names = [share.name for share in shares] or ["all sources"]
         weights = [share.weight for share in shares] or [1.0]
         if not buckets:
-            return Groups(np.arange(len(shards)), starts, weights, names)
+            return Groups(np.arange(len(shards), dtype=number_type(len(shards))), starts, weights, names)
         return group(shards.lengths, starts, weights, names, buckets)
 
     def _mixed(self) -> Mixture:
         """The packs of groups that have shares."""
         order, starts, weights, _ = self._groups
-        return Mixture(weights, starts, self.shards.lengths[order], self.max_length, seed=self.seed, pack=self.pack)
+        lengths = self.shards.lengths[order] if self._buckets else self.shards.lengths
+        return Mixture(weights, starts, lengths, self.max_length, seed=self.seed, pack=self.pack)

@@ -1,24 +1,34 @@
 """Documents to packs: a pure function of lengths, max_length and a seed; best-fit, in bulk per length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.dataset.ordering import (
+    PIECE,
+    IntArray,
+    by_length,
+    number_type,
+    permutation,
+    pieces,
+    random_bits_of,
+)
 from tuner.errors import UserError
 
-IntArray = NDArray[np.int64]
 RUN = 8  # packs of like cost that follow each other
 WINDOW = 1024  # packs, drawn at random, among which like is put to like
 ALIKE = 1 / 20  # costs that differ by no more are in random order, so that epochs of few packs put other ones together
-BITS_BESIDE_LENGTH = 24  # of a sorting key of 64: lengths up to 2**40, and 24 random bits to order equal lengths
 
 
 @dataclass(frozen=True)
 class Packs:
-    """Packs in the order in which they are trained; pack p is `documents[edges[p]:edges[p + 1]]`."""
+    """Packs in the order in which they are trained; pack p is `documents[edges[p]:edges[p + 1]]`.
+
+    Both are int32 where that suffices: sum them in int64.
+    """
 
     documents: IntArray  # (documents,) every document number once
     edges: IntArray  # (packs + 1,)
@@ -26,13 +36,37 @@ class Packs:
     def __len__(self) -> int:
         return len(self.edges) - 1
 
-    def __getitem__(self, pack: int) -> IntArray:
+    def __getitem__(self, pack: int) -> NDArray[np.int64]:
         """The document numbers of a pack."""
-        return self.documents[self.edges[pack] : self.edges[pack + 1]]
+        return self.documents[self.edges[pack] : self.edges[pack + 1]].astype(np.int64)
 
-    def sizes(self, values: IntArray) -> IntArray:
+    def sizes(self, values: IntArray) -> NDArray[np.int64]:
         """(packs,) the sum over each pack's documents of `values` (documents,): lengths, or labels."""
-        return np.add.reduceat(values[self.documents], self.edges[:-1]) if len(self) else np.empty(0, np.int64)
+        return _sums(self.documents, self.edges, values, power=1)
+
+    def costs(self, lengths: IntArray) -> NDArray[np.int64]:
+        """(packs,) what attention takes of each: the sum of the documents' squared `lengths` (documents,)."""
+        return _sums(self.documents, self.edges, lengths, power=2)
+
+
+NO_PACKS = Packs(np.empty(0, np.int32), np.zeros(1, np.int32))
+
+
+def _sums(documents: IntArray, edges: IntArray, values: IntArray, *, power: int) -> NDArray[np.int64]:
+    sums = np.empty(len(edges) - 1, np.int64)
+    for first, end in _spans(edges):
+        own = values[documents[edges[first] : edges[end]]].astype(np.int64) ** power
+        sums[first:end] = np.add.reduceat(own, edges[first:end] - edges[first])
+    return sums
+
+
+def _spans(edges: IntArray) -> Iterator[tuple[int, int]]:
+    """Packs from and to, of PIECE documents or a single pack."""
+    first, last = 0, len(edges) - 1
+    while first < last:
+        end = int(np.searchsorted(edges, int(edges[first]) + PIECE, side="right")) - 1
+        yield first, (end := max(first + 1, end))
+        first = end
 
 
 class _Part(NamedTuple):
@@ -57,26 +91,28 @@ def pack(lengths: IntArray, max_length: int, seed: Sequence[int]) -> Packs:
     follows from the lengths alone, so the number of packs does not depend on the seed; the seed (any integers, such as
     (seed, epoch)) says which of the documents of a length goes where, and the order of the packs (`balanced_order`);
     documents of lengths that no other has keep their company. The same on every platform and with every version of
-    numpy: random numbers are splitmix64 of the seed and the document's number.
+    numpy: random numbers are splitmix64 of the seed and the document's number. Beside `lengths` it takes some 12 bytes
+    a document at its peak, of which 4 and some for each pack stay.
     Raises UserError if a document is longer than `max_length`.
     """
     if not len(lengths):
-        return Packs(np.empty(0, np.int64), np.zeros(1, np.int64))
+        return NO_PACKS
     if lengths.max() > max_length:
         raise UserError(
             f"A document has {lengths.max()} tokens, a pack has room for {max_length}. "
             "Give packing the max_length that the shards were made with, or more."
         )
-    ordered, starts = _by_length(lengths, seed)
-    kinds = _best_fit(np.diff(starts), max_length)
-    documents, sizes = _fill(kinds, ordered, starts)
-    costs = np.add.reduceat(lengths[documents] ** 2, np.cumsum(sizes) - sizes)
-    return reorder(documents, sizes, balanced_order(costs, seed))
+    ordered, starts = by_length(lengths, seed)
+    packs = _fill(_best_fit(np.diff(starts), max_length), ordered, starts)
+    del ordered
+    return reorder(packs, balanced_order(packs.costs(lengths), seed))
 
 
 def pack_each(lengths: IntArray, seed: Sequence[int]) -> Packs:
     """One document per pack, in the order that `pack` would give such packs."""
-    return Packs(balanced_order(lengths**2, seed), np.arange(len(lengths) + 1))
+    costs = lengths.astype(np.int64)
+    costs *= costs
+    return Packs(balanced_order(costs, seed), np.arange(len(lengths) + 1, dtype=number_type(len(lengths))))
 
 
 def balanced_order(costs: IntArray, seed: Sequence[int]) -> IntArray:
@@ -87,42 +123,17 @@ def balanced_order(costs: IntArray, seed: Sequence[int]) -> IntArray:
     an epoch has more of the long documents than another. Costs rise in every other run and fall in those between, so
     that no rank always has the most. The packs that fill no run come last.
     """
-    shuffled = permutation(len(costs), seed)
+    order = permutation(len(costs), seed)
     num_runs = len(costs) // RUN
-    inside, rest = np.split(shuffled, [num_runs * RUN])
-    raised = costs * (1 + ALIKE * 2.0**-53 * (random_bits(len(costs), [*seed, 3]) >> np.uint64(11)))
-    ordered = inside[np.lexsort((raised[inside], np.arange(len(inside)) // WINDOW))]
-    runs = ordered.reshape(num_runs, RUN)[permutation(num_runs, [*seed, 2])]
+    inside = order[: num_runs * RUN]
+    for piece in pieces(len(inside)):  # which holds whole windows
+        packs = inside[piece]
+        raised = costs[packs] * (1 + ALIKE * 2.0**-53 * (random_bits_of(packs, [*seed, 3]) >> np.uint64(11)))
+        inside[piece] = packs[np.lexsort((raised, np.arange(len(packs)) // WINDOW))]
+    runs = inside.reshape(num_runs, RUN)[permutation(num_runs, [*seed, 2])]
     runs[1::2] = runs[1::2, ::-1]
-    return np.concatenate([runs.ravel(), rest])
-
-
-def permutation(number: int, seed: Sequence[int]) -> IntArray:
-    """The numbers from 0 to `number` - 1 in an order given by the seed alone."""
-    return np.argsort(random_bits(number, [*seed, 1]), kind="stable")
-
-
-def random_bits(number: int, seed: Sequence[int]) -> NDArray[np.uint64]:
-    """(number,) 64 random bits each, from the seed and the index: splitmix64 (Steele, Lea, Flood 2014)."""
-    state = np.zeros(1, np.uint64)
-    for part in seed:
-        state = _mix(state + np.uint64(part % (1 << 64)))
-    return _mix(np.arange(number, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state)
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _by_length(lengths: IntArray, seed: Sequence[int]) -> tuple[IntArray, IntArray]:
-    """Document numbers by length, equal ones in random order, and where each length's begin (up to the longest + 1)."""
-    keys = lengths.astype(np.uint64) << np.uint64(BITS_BESIDE_LENGTH)
-    keys |= random_bits(len(lengths), [*seed, 0]) >> np.uint64(64 - BITS_BESIDE_LENGTH)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(lengths))])
-    return np.argsort(keys, kind="stable"), starts
+    inside[:] = runs.ravel()
+    return order
 
 
 class _Rooms:
@@ -197,11 +208,11 @@ def _shares(packs: int, documents: int, fit: int) -> list[tuple[int, int]]:
     return [share for share in shares if share[0]]
 
 
-def _fill(kinds: list[_Kind], ordered: IntArray, starts: IntArray) -> tuple[IntArray, IntArray]:
-    """Real documents for the kinds of packs: their numbers, pack by pack, and how many are in each."""
+def _fill(kinds: list[_Kind], ordered: IntArray, starts: IntArray) -> Packs:
+    """Real documents for the kinds of packs, kind by kind."""
     documents = np.empty_like(ordered)
     used = starts[:-1].tolist()  # by length: the next of `ordered` to be given away
-    sizes = np.empty(sum(kind.number for kind in kinds), np.int64)
+    edges = np.zeros(sum(kind.number for kind in kinds) + 1, ordered.dtype)
     first_pack = first_document = 0
     for number, content in kinds:
         parts = []
@@ -216,14 +227,25 @@ def _fill(kinds: list[_Kind], ordered: IntArray, starts: IntArray) -> tuple[IntA
             block = ordered[used[part.length] : taken].reshape(number, part.number)
             table[:, column : column + part.number] = block
             used[part.length], column = taken, column + part.number
-        sizes[first_pack : first_pack + number] = size
+        edges[first_pack + 1 : first_pack + number + 1] = first_document + size * np.arange(1, number + 1)
         first_pack, first_document = first_pack + number, first_document + number * size
-    return documents, sizes
+    return Packs(documents, edges)
 
 
-def reorder(documents: IntArray, sizes: IntArray, order: IntArray) -> Packs:
+def reorder(packs: Packs, order: IntArray) -> Packs:
     """The packs in another order; those that `order` leaves out are left out."""
-    starts = np.cumsum(sizes) - sizes
-    edges = np.concatenate([[0], np.cumsum(sizes[order])])
-    gather = np.arange(edges[-1]) + np.repeat(starts[order] - edges[:-1], sizes[order])
-    return Packs(documents[gather], edges)
+    sizes = np.diff(packs.edges)[order]
+    edges = edges_of(sizes)
+    documents = np.empty(edges[-1], packs.documents.dtype)
+    for first, end in _spans(edges):
+        shifts = packs.edges[order[first:end]] - edges[first:end]
+        places = np.arange(edges[first], edges[end]) + np.repeat(shifts, sizes[first:end])
+        documents[edges[first] : edges[end]] = packs.documents[places]
+    return Packs(documents, edges)
+
+
+def edges_of(sizes: IntArray) -> IntArray:
+    """(packs + 1,) where packs of so many documents, one after the other, begin and end."""
+    edges = np.zeros(len(sizes) + 1, number_type(int(sizes.sum())))
+    np.cumsum(sizes, out=edges[1:])
+    return edges

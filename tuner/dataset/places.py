@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tuner.dataset.packing import IntArray
+from tuner.dataset.ordering import IntArray
 
 BLOCK = 1000  # packs: over so many, wherever they begin, the shares hold
 BLOCKS = 512  # blocks that differ; then they come again from the last to the first, then from the first, and so on

@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.dataset.packing import IntArray, Packs
+from tuner.dataset.ordering import IntArray
+from tuner.dataset.packing import Packs
 from tuner.errors import UserError
 
 ENDLESS = (
@@ -37,7 +38,7 @@ class Packed(Protocol):
         """Packs of an epoch, the same in each."""
 
     @property
-    def num_loss_tokens(self) -> NDArray[np.int64] | NDArray[np.float64]:
+    def num_loss_tokens(self) -> IntArray | NDArray[np.float64]:
         """(documents,) labels of each document, at least one, each counted as it weighs in the loss."""
 
     def packs(self, epoch: int) -> Packs:

@@ -20,6 +20,7 @@ from tuner.dataset.tokenize import Document
 FORMAT_VERSION = 2
 UINT16_LIMIT = 1 << 16
 COPY_TOKENS = 1 << 20
+EDGE_STEP = 64
 # file name -> bytes per entry, for the files with one entry per document
 PER_DOCUMENT = {"lengths.bin": np.uint32, "num_loss_tokens.bin": np.uint32, "lines.bin": np.uint64}
 
@@ -158,25 +159,32 @@ class _Shard:
     @cached_property
     def loss_weight(self) -> NDArray[np.float64]:
         """(documents,) what the labels of each document weigh together."""
-        owners = np.searchsorted(self._edges, self.spans["start"], side="right") - 1
+        edges = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        owners = np.searchsorted(edges, self.spans["start"], side="right") - 1
         extra = np.bincount(owners, weights=surplus(self.spans), minlength=len(self.lengths))
         return self.num_loss_tokens + extra
 
     @cached_property
-    def _span_edges(self) -> NDArray[np.int64]:
-        """(documents + 1,) number of the first span of each document."""
-        return np.searchsorted(self.spans["start"], self._edges)
+    def _span_starts(self) -> NDArray[np.int64]:
+        return np.ascontiguousarray(self.spans["start"])
 
     @cached_property
     def _edges(self) -> NDArray[np.int64]:
-        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        """Where every EDGE_STEP-th document begins: one for each would be the largest thing in a worker's memory."""
+        if not len(self.lengths):
+            return np.zeros(1, np.int64)
+        tokens = np.add.reduceat(self.lengths, np.arange(0, len(self.lengths), EDGE_STEP), dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(tokens)])
 
     def document(self, index: int) -> Document:
-        start, end = int(self._edges[index]), int(self._edges[index + 1])
+        step, rest = divmod(index, EDGE_STEP)
+        lengths = self.lengths[step * EDGE_STEP : index + 1].astype(np.int64)
+        start = int(self._edges[step] + lengths[:rest].sum())
+        end = start + int(lengths[rest])
         first = start // 8
         bits = np.unpackbits(self._trained[first : -(-end // 8)])[start - 8 * first : end - 8 * first]
         document = Document(self._tokens[start:end].astype(np.uint32), bits.view(np.bool_))
-        spans = self.spans[slice(*self._span_edges[index : index + 2])] if len(self.spans) else NO_SPANS
+        spans = self.spans[slice(*np.searchsorted(self._span_starts, [start, end]))] if len(self.spans) else NO_SPANS
         return document._replace(weights=dense(spans, start, end)) if len(spans) else document
 
 
@@ -203,16 +211,14 @@ class Shards:
         return self._starts
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """(documents,) tokens of each document."""
-        counts = [shard.lengths for shard in self._shards]
-        return np.concatenate([np.empty(0, np.int64), *counts], dtype=np.int64)
+    def lengths(self) -> NDArray[np.int32]:
+        """(documents,) tokens of each document; sum them in int64."""
+        return _joined([shard.lengths for shard in self._shards])
 
     @cached_property
-    def num_loss_tokens(self) -> NDArray[np.int64]:
+    def num_loss_tokens(self) -> NDArray[np.int32]:
         """(documents,) labels of each document: trained tokens that have a predecessor in it. At least 1."""
-        counts = [shard.num_loss_tokens for shard in self._shards]
-        return np.concatenate([np.empty(0, np.int64), *counts], dtype=np.int64)
+        return _joined([shard.num_loss_tokens for shard in self._shards])
 
     @cached_property
     def loss_weight(self) -> NDArray[np.float64] | None:
@@ -243,6 +249,13 @@ class Shards:
             raise IndexError(f"document {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
+
+
+def _joined(counts: Sequence[NDArray[np.uint32]]) -> NDArray[np.int32]:
+    """One after the other; a single one stays on the disk. No document has 2**31 tokens: `documents.UNCUT`."""
+    if len(counts) == 1:
+        return counts[0].view(np.int32)
+    return np.concatenate([np.empty(0, np.uint32), *counts]).view(np.int32)
 
 
 def _mapped(path: Path, dtype: Any) -> NDArray[Any]:

@@ -16,7 +16,8 @@ from tuner.dataset.ahead import Ahead, Epoch, Position
 from tuner.dataset.collate import Batch, collate_packs, num_padding
 from tuner.dataset.format_choice import Format
 from tuner.dataset.ledger import Ledger
-from tuner.dataset.packing import IntArray, Packs, pack, pack_each
+from tuner.dataset.ordering import IntArray
+from tuner.dataset.packing import Packs, pack, pack_each
 from tuner.dataset.prepare import choose_preparations
 from tuner.dataset.rendering import Rendering
 from tuner.dataset.sampler import StepPacks, StepPlan
