@@ -2,12 +2,15 @@
 
 import gc
 import json
+import shlex
 from typing import Any
 
 import pytest
 import torch
 
+from tuner.check import check
 from tuner.cli import run
+from tuner.config import loads, render
 from tuner.engine.replicated import Replicated
 from tuner.engine.schedule import WarmupCosine
 from tuner.method.sft import SFT
@@ -20,7 +23,10 @@ from tuner.plan.holding import count
 from tuner.plan.known_models import known_model
 from tuner.plan.live import LiveBytes
 from tuner.plan.memory import memory_of
+from tuner.plan.settings import line
 from tuner.plan.setup import Setup
+from tuner.plan.solve import Work, candidates, host_seconds, solve
+from tuner.plan.speed import speed_of
 
 A100 = GPUS["A100"].memory
 SEED_RECIPE: dict[str, Any] = {"holding": "zero3", "checkpointing": True, "loss": "naive"}
@@ -133,3 +139,33 @@ def test_what_is_unknown_is_one_message(capsys, options, words):
     told = capsys.readouterr().err
     assert told.count("Error") == 1
     assert [word for word in words if word not in told] == []
+
+
+def test_every_line_to_paste_is_taken_by_train(tmp_path):
+    setup = Setup(InternLM2Config(**SMALL), 4096, 16, num_accumulation_steps=8, hybrid=True, holding="fsdp")
+    lines = {line(each, setup) for each in candidates(setup)}
+    assert len(lines) == len(list(candidates(setup))) > 100
+    parts: dict[str, dict[str, str]] = {}
+    for text in lines:
+        settings = dict(word.split("=", 1) for word in shlex.split(text))
+        render("internlm2_7b-sft_full", settings)
+        parts |= {f"{settings.get('fsdp')} {settings.get('deepspeed')}": settings}
+    InternLM2Config(**SMALL, architectures=["InternLM2ForCausalLM"]).save_pretrained(tmp_path)
+    for settings in parts.values():
+        given = {**settings, "model_path": str(tmp_path), "weights": "random", "data_path": "demo:chat"}
+        check(loads(render("internlm2_7b-sft_full", given)))
+
+
+@pytest.mark.slow
+def test_the_cheap_order_of_solving_leaves_out_nothing():
+    setup = Setup(InternLM2Config(**SMALL), 1024, 2, num_accumulation_steps=2)
+    work = Work(GPUS["A100"]._replace(memory=1.06 * 2**30), 1e8, 1024.0, 0.5)
+    sizes, everything = count(setup), []
+    for each in candidates(setup):
+        speed = speed_of(each, sizes, *work)
+        everything.append((speed.seconds + host_seconds(each, sizes, speed), memory_of(each, sizes).peak.total))
+    fitting = [point for point in everything if point[1] < work.gpu.memory]
+    front = {one for one in fitting if not any(other != one and (other[0] <= one[0] and other[1] <= one[1])
+                                               for other in fitting)}  # fmt: skip
+    assert [(choice.seconds, choice.memory.peak.total) for choice in solve(setup, work)] == sorted(front)
+    assert 1 < len(front) < len(fitting) < len(everything)

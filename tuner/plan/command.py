@@ -10,9 +10,10 @@ from tuner.config import loads
 from tuner.engine.machine import peak_rate
 from tuner.errors import UserError
 from tuner.plan.gpus import Gpu, read_gpu, read_link
+from tuner.plan.lengths import lengths_of
 from tuner.plan.memory import GIB, SOURCES, Memory, memory_of
 from tuner.plan.setup import Setup, read_setup
-from tuner.plan.solve import Choice, solve
+from tuner.plan.solve import Choice, Work, solve
 from tuner.plan.speed import EFFICIENCY, Speed, speed_of
 
 EXIT_DOES_NOT_FIT = 2
@@ -60,22 +61,25 @@ def plan(source: str, *, name: str = "config.py", **options: Any) -> int:
             raise UserError(f"{option} {number}: give 1 or more.")
     gpu = read_gpu(wanted.gpu, wanted.gpu_memory)
     link_name, link = read_link(wanted.link, gpu, wanted.nodes)
-    setup, shapes = read_setup(loads(source, name), wanted.gpus * wanted.nodes, wanted.gpus)
+    config = loads(source, name)
+    setup, shapes = read_setup(config, wanted.gpus * wanted.nodes, wanted.gpus)
+    lengths = lengths_of(config, setup.num_tokens)
     efficiency = EFFICIENCY
     if wanted.measure:
         rate = peak_rate_here()
         gpu, efficiency = gpu._replace(flops=rate, source="measured here, matrix products"), 1.0
     memory = memory_of(setup)
-    squares = float(setup.num_tokens) ** 2
-    speed = speed_of(setup, memory.sizes, gpu, link, squares, efficiency)
+    work = Work(gpu, link, lengths.mean, efficiency)
+    speed = speed_of(setup, memory.sizes, *work)
     fits = memory.peak.total <= gpu.memory
-    choices = solve(setup, gpu, link, squares, efficiency) if wanted.solve else []
+    choices = solve(setup, work) if wanted.solve else []
     if wanted.as_json:
         print(json.dumps(as_dict(memory, speed, gpu, choices), indent=1))
         return 0 if fits else EXIT_DOES_NOT_FIT
     print(f"{name}: {described(setup)}; shapes from {shapes}")
     print("\n".join(memory_lines(memory, gpu)))
-    print("\n".join(speed_lines(setup, speed, gpu, f"{link_name}, {link / 1e9:g} GB/s", efficiency, wanted.price)))
+    print(f"\na step (formula; {lengths.source})")
+    print("\n".join(speed_lines(setup, speed, work, link_name, wanted.price)))
     if wanted.solve:
         print("\n".join(solve_lines(choices, gpu)))
     print(f"{time.monotonic() - started:.0f} s")
@@ -114,18 +118,18 @@ def memory_lines(memory: Memory, gpu: Gpu) -> list[str]:
     return [*lines, f"  {gpu.name} has {gpu.memory / GIB:.1f} GiB: {verdict}", f"  by phase, GiB: {phases}"]
 
 
-def speed_lines(setup: Setup, speed: Speed, gpu: Gpu, link: str, efficiency: float, price: float | None) -> list[str]:
+def speed_lines(setup: Setup, speed: Speed, work: Work, link: str, price: float | None) -> list[str]:
     """FLOPs, seconds, money."""
-    tokens = speed.num_tokens / speed.seconds
+    gpu, tokens = work.gpu, speed.num_tokens / speed.seconds
     hours = setup.num_ranks * speed.seconds / 3600
     money = "" if price is None else f", {hours * price:.3g} at {price:g} an hour"
     return [
-        "\na step (formula; each pack taken as one document of max_length, which is the most it can cost)",
         f"  tokens {speed.num_tokens:,.0f}; FLOPs needed {speed.model_flops:.3g}, computed {speed.hardware_flops:.3g}",
         f"  computing {speed.compute_seconds:.2f} s ({gpu.flops / 1e12:.0f} TFLOP/s by {gpu.source}, of which "
-        f"{efficiency:.0%} are taken to be reached), optimizer {speed.optimizer_seconds:.2f} s "
+        f"{work.efficiency:.0%} are taken to be reached), optimizer {speed.optimizer_seconds:.2f} s "
         f"({gpu.bandwidth / 1e12:.2f} TB/s)",
-        f"  links {speed.link_seconds:.2f} s beside it ({link}; {speed.sent / 1e9:.2f} GB a rank)",
+        f"  links {speed.link_seconds:.2f} s beside it ({link}, {work.link / 1e9:g} GB/s; "
+        f"{speed.sent / 1e9:.2f} GB a rank)",
         f"  {speed.seconds:.2f} s, {tokens:,.0f} tokens/s, {hours:.3g} GPU hours{money}",
     ]
 

@@ -75,10 +75,10 @@ def elements(parameters: Iterable[nn.Parameter]) -> int:
 
 def hold(setup: Setup, sizes: Sizes) -> Held:
     """What a rank holds under the strategy of a setup."""
-    if setup.holding == "none":
-        return replicated(setup, sizes)
-    if setup.holding == "fsdp":
-        return fully_sharded(setup, sizes)
+    if setup.holding in ("none", "fsdp"):
+        held = replicated(setup, sizes) if setup.holding == "none" else fully_sharded(setup, sizes)
+        # in backward each gradient is used as soon as it is there, and so are those of the trace
+        return held._replace(gradient=0.0, is_static=False) if setup.in_backward else held
     return {1: zero_1, 2: zero_2, 3: zero_3}[setup.stage](setup, sizes)
 
 

@@ -19,7 +19,6 @@ SOURCES = {
     "communication": "formula",
     "reserve": "formula",
 }
-_TRACED: dict[tuple[str, str], Activations] = {}
 
 
 class Parts(NamedTuple):
@@ -60,20 +59,11 @@ class Memory(NamedTuple):
 def memory_of(setup: Setup, sizes: Sizes | None = None) -> Memory:
     """Trace the computation, and add what the strategy holds; `sizes` of the model, where they were counted before."""
     sizes = sizes or count(setup)
-    activations = traced(setup)
+    activations = trace(setup.computation())
     phases = phases_of(setup, sizes, hold(setup, sizes), activations)
     if not setup.on_cpu:
         phases = {name: with_reserve(parts) for name, parts in phases.items()}
     return Memory(phases, sizes)
-
-
-def traced(setup: Setup) -> Activations:
-    """What activations take, traced once for equal computations."""
-    computation = setup.computation()
-    key = (setup.model.to_json_string(), str(computation._replace(model=None)))
-    if key not in _TRACED:
-        _TRACED[key] = trace(computation)
-    return _TRACED[key]
 
 
 def phases_of(setup: Setup, sizes: Sizes, held: Held, activations: Activations) -> dict[str, Parts]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
+from tuner.engine.in_backward import is_wanted
 from tuner.engine.precision import PRECISIONS
 from tuner.engine.zero_config import read_choice
 from tuner.errors import UserError
@@ -38,6 +39,8 @@ class Setup(NamedTuple):
     on_cpu: bool = False
     hpz_size: int | None = None
     hybrid: bool = False
+    in_backward: bool = False  # the optimizer steps there, a gradient at a time
+    offload_directory: str | None = None
 
     @property
     def stage(self) -> int:
@@ -89,7 +92,7 @@ def read_setup(config: Any, num_ranks: int, ranks_per_node: int) -> tuple[Setup,
     degrees = read_degrees(strategy.get("sequence_parallel_size", 1))
     arrange(num_ranks, degrees)
     check_heads(*head_counts(model.get_text_config()), degrees.ulysses)
-    length = config.train_dataloader["dataset"]["max_length"]
+    length = longest_pack(config.train_dataloader)
     memory = node.get("memory") or {}
     setup = Setup(
         model=model,
@@ -108,8 +111,16 @@ def read_setup(config: Any, num_ranks: int, ranks_per_node: int) -> tuple[Setup,
         on_cpu=strategy.get("device") == "cpu",
         hpz_size=strategy.get("hpz_partition_size"),
         hybrid=strategy.get("fsdp") == "hybrid",
+        in_backward=is_wanted(config.optim_wrapper),
+        offload_directory=strategy.get("offload_directory"),
     )
     return setup, source
+
+
+def longest_pack(dataloader: Any) -> int:
+    """Tokens of the longest packs of a config's dataloader, perhaps those of a stage."""
+    own = dataloader["dataset"]["max_length"]
+    return int(max([stage.get("max_length", own) for stage in dataloader.get("stages") or []], default=own))
 
 
 def model_of(path: str) -> tuple[PreTrainedConfig, str]:

@@ -30,9 +30,7 @@ class Speed(NamedTuple):
         return max(self.compute_seconds, self.link_seconds) + self.optimizer_seconds
 
 
-def speed_of(
-    setup: Setup, sizes: Sizes, gpu: Gpu, link: float, sum_squared_per_pack: float, efficiency: float
-) -> Speed:
+def speed_of(setup: Setup, sizes: Sizes, gpu: Gpu, link: float, mean_length: float, efficiency: float) -> Speed:
     """Time of a step: every data-parallel rank takes `num_accumulation_steps` packs, all tokens trained.
 
     Args:
@@ -40,12 +38,12 @@ def speed_of(
         sizes: of the model.
         gpu: each rank's.
         link: bytes/s that a rank sends.
-        sum_squared_per_pack: sum over documents of length^2; num_tokens^2 where a pack is one document.
+        mean_length: sum over documents of length^2, over the sum of lengths; num_tokens where packs are one document.
         efficiency: share of the GPU's matrix rate.
     """
     packs = setup.num_accumulation_steps * setup.num_ranks // setup.degrees.size
     tokens = packs * setup.num_tokens
-    squares = int(packs * sum_squared_per_pack)
+    squares = int(tokens * mean_length)
     computed = hardware_flops(sizes.matmuls, tokens, squares, tokens, gradient_checkpointing=setup.checkpointing)
     sent = bytes_sent(setup, sizes)
     stepped = sizes.trained / (setup.num_ranks if setup.holding != "none" else 1)

@@ -24,7 +24,7 @@ from tuner.parallel.mesh import Degrees
 from tuner.plan.kernels import Edges, register
 from tuner.plan.live import LiveBytes
 
-MIN_LAYERS = 2
+MIN_LAYERS = 1  # each further layer adds the same, from the second on
 LAYERS_IN_FLIGHT = 2  # whose inputs are on their way to the host, or back
 LONGEST = 32768  # tokens of a rank that are traced as they are
 Loss = Literal["chunked", "naive"]
@@ -62,6 +62,9 @@ class Phases(NamedTuple):
     end: float  # embedding
 
 
+_TRACED: dict[tuple[str, str, int], Phases] = {}
+
+
 class Activations(NamedTuple):
     """Phases of a model with no layer, and what each layer adds to them."""
 
@@ -93,7 +96,7 @@ def trace_whole(computation: Computation) -> Activations:
     """Activations of a sequence as it is."""
     choice = computation.checkpointing
     period = choice if type(choice) is int else 1
-    few, more = (trace_layers(computation, count * period) for count in (MIN_LAYERS, MIN_LAYERS + 1))
+    few, more = (traced_layers(computation, count * period) for count in (MIN_LAYERS, MIN_LAYERS + 1))
     slope = Phases(*((high - low) / period for low, high in zip(few, more)))
     base = Phases(*(low - MIN_LAYERS * period * step for low, step in zip(few, slope)))
     if choice == ATTENTION:  # its bookkeeping needs addresses, which these tensors have not
@@ -124,6 +127,16 @@ def of_layer_input(computation: Computation) -> int:
     return computation.model.get_text_config().hidden_size * computation.weight_dtype.itemsize * num_own
 
 
+def traced_layers(computation: Computation, num_layers: int) -> Phases:
+    """`trace_layers`, once for computations that differ in what formulas add."""
+    again = True if computation.checkpointing == ATTENTION else computation.checkpointing
+    same = computation._replace(checkpointing=again, offload_activations=False)
+    key = (computation.model.to_json_string(), str(same._replace(model=None)), num_layers)
+    if key not in _TRACED:
+        _TRACED[key] = trace_layers(same, num_layers)
+    return _TRACED[key]
+
+
 def trace_layers(computation: Computation, num_layers: int) -> Phases:
     """The phases of the model cut to its first layers."""
     with quiet(), FakeTensorMode():
@@ -150,8 +163,7 @@ def build(computation: Computation, num_layers: int) -> PreTrainedModel:
     if computation.lora is not None and computation.autocast is not None:
         set_compute_dtype(llm, computation.autocast)
     if computation.checkpointing:
-        again = True if computation.checkpointing == ATTENTION else computation.checkpointing
-        enable_gradient_checkpointing(llm, again)
+        enable_gradient_checkpointing(llm, computation.checkpointing)
     if computation.tile_tokens is not None:
         tile(llm, computation.tile_tokens)
     return llm.train()
