@@ -1,18 +1,22 @@
 """Needles: documents are as asked for, and their scores are those of transformers' own unpacked pass."""
 
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from small_tokenizer import write_directory
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from tuner.cli import cli
-from tuner.dataset.needle_grid import parse_depths, parse_lengths
+from tuner.configs.needle_rules import wrong_needles
+from tuner.dataset.needle_grid import NeedleGrid, encoder, parse_depths, parse_lengths
 from tuner.dataset.needles import NUM_KEYS, WORDINGS, Cell, Document, Haystack, key_name
 from tuner.engine.scoring import packs
 from tuner.errors import UserError
+from tuner.evaluate.loaded import warn_of_length
 from tuner.evaluate.needle import score
 from tuner.method.sft import SFT
 from tuner.model.build import build_llm
@@ -118,3 +122,51 @@ def test_the_command_writes_all_cells_and_the_picture_once(model, tmp_path):
     assert "160" in result.output
     with pytest.raises(UserError, match="exists already"):
         CliRunner().invoke(cli, command, catch_exceptions=False)
+
+
+MISTAKES = {
+    "needle_lengths 4k;8k: expected token counts": {"lengths": "4k;8k"},
+    "needle_depths 0:150:10: expected FIRST:LAST:STEP": {"depths": "0:150:10"},
+    "needle_languages en,fr: 'fr' is not known": {"languages": "en,fr"},
+    "are 400,004 documents to score; at most 100,000": {"depths": "0:100:0.0001"},
+    "needle_haystack .*nope.txt cannot be read": {"haystack": ["nope.txt"]},
+    "needle_haystack .*bytes.txt cannot be read as UTF-8": {"haystack": ["bytes.txt"]},
+    "needle_haystack .*blank.txt holds no text": {"haystack": ["blank.txt"]},
+}
+
+
+def test_a_config_hears_of_every_mistake_about_needles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x80")
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    for message, wrong in MISTAKES.items():
+        (problem,) = wrong_needles({}, [(NeedleGrid, wrong), (None, {})])
+        with pytest.raises(UserError, match=message):
+            raise UserError(problem)
+    assert len(wrong_needles({}, [(NeedleGrid, {"lengths": "x", "depths": "y", "languages": "z"})])) == 3
+    assert wrong_needles({}, [(NeedleGrid, {})]) == []
+
+
+def test_lengths_are_held_against_what_rotary_settings_reach_and_learned_positions_have():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 256}
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    yarn = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 256}
+    reaches = {1024: LlamaConfig(**sizes, rope_parameters=linear), 2048: LlamaConfig(**sizes, rope_parameters=yarn)}
+    for reached, config in reaches.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_of_length(SimpleNamespace(config=config), reached, "--lengths")
+        with pytest.warns(UserWarning, match=rf"{reached + 1:,} tokens are more than the {reached:,} positions.*yarn"):
+            warn_of_length(SimpleNamespace(config=config), reached + 1, "--lengths")
+    with pytest.raises(UserError, match=r"--lengths: 300 tokens, but .* has learned positions for 256"):
+        warn_of_length(SimpleNamespace(config=GPT2Config(n_positions=256)), 300, "--lengths")
+
+
+def test_a_tokenizer_that_cannot_tell_two_needles_apart_is_refused():
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        return [ord(character) if character < "一" else 0 for character in text]
+
+    tokenizer = SimpleNamespace(encode=encode, unk_token_id=0, unk_token="<unk>")
+    assert encoder(tokenizer, "en")("ab") == [97, 98]
+    with pytest.raises(UserError, match="no tokens for parts of the needles in 'zh': they become '<unk>'"):
+        encoder(tokenizer, "zh")

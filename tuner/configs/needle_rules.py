@@ -1,16 +1,18 @@
 """What a config gets wrong with needles, and lengths of them that no stage's rotary embedding is meant for."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tuner.configs.rope_rules import model_paths
 from tuner.configs.strategy_rules import complaints
-from tuner.dataset.needle_grid import NeedleGrid
+from tuner.dataset.needle_grid import NeedleGrid, parse_depths, parse_languages, parse_lengths
 from tuner.errors import UserError
 from tuner.model.build import read_config
 from tuner.model.rope import Rope, over, own_rope, reach, remedy, replace_rope
 
+PARSERS = {"lengths": parse_lengths, "depths": parse_depths, "languages": parse_languages}
 logger = logging.getLogger("tuner")
 
 
@@ -21,7 +23,7 @@ def wrong_needles(config: Mapping[str, Any], nodes: Sequence[tuple[Any, Mapping[
         nodes: type and arguments of every part of the config.
     """
     grids = [given for kind, given in nodes if kind is NeedleGrid]
-    problems = complaints(try_grid, grids)
+    problems = [text for given in grids for text in wrong_grid(given)]
     used = [hook.get("needles") for hook in config.get("custom_hooks") or () if hook.get("interval")]
     asked = [grid for grid in used if grid is not None and grid.get("type") is NeedleGrid]
     if asked and not problems:
@@ -29,11 +31,12 @@ def wrong_needles(config: Mapping[str, Any], nodes: Sequence[tuple[Any, Mapping[
     return problems
 
 
-def try_grid(given: Mapping[str, Any]) -> None:
-    """UserError for what shows without a tokenizer."""
-    grid = NeedleGrid(**given)
-    grid.cells()
-    grid.texts()
+def wrong_grid(given: Mapping[str, Any]) -> list[str]:
+    """What shows without a tokenizer, each mistake by itself."""
+    tries: list[Callable[[], object]] = [NeedleGrid(**given).texts]
+    tries += [partial(parse, given[name], f"needle_{name}") for name, parse in PARSERS.items() if name in given]
+    problems = complaints(lambda attempt: attempt(), tries)
+    return problems or complaints(lambda grid: grid.cells(), [NeedleGrid(**given)])
 
 
 def length_of(node: Mapping[str, Any]) -> int:

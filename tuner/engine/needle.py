@@ -20,6 +20,7 @@ from tuner.engine.scoring import score_documents
 from tuner.engine.strategy import StepResult, Strategy
 from tuner.errors import UserError
 from tuner.method.recall import marked, recall
+from tuner.model.rope import check_learned
 
 if TYPE_CHECKING:
     from tuner.engine.runner import Runner
@@ -53,6 +54,8 @@ class NeedleHook(Hook):
         self.after_rollback(runner)
         if self.interval:
             self.cells = self.needles.cells()
+            config = runner.model.get_submodule("llm").config
+            check_learned(config, max(cell.length for cell in self.cells), "needle_lengths")
             self.make = self.needles.maker(runner.record.tokenizer)
 
     def after_rollback(self, runner: "Runner") -> None:

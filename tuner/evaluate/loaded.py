@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tuner.chat.loading import Source, load_llm
 from tuner.errors import UserError
 from tuner.method.sft import SFT
-from tuner.model.rope import over, own_rope, reach, remedy
+from tuner.model.rope import check_learned, over, own_rope, reach, remedy
 from tuner.model.tokenizer import check_vocabulary
 from tuner.new_files import check_new
 
@@ -44,16 +44,11 @@ def warn_of_length(llm: PreTrainedModel, longest: int, option: str) -> None:
     Raises:
         UserError: documents are longer than a table of learned positions.
     """
+    check_learned(llm.config, longest, option)
     try:
         own = own_rope(llm.config)
-    except UserError:  # none, or one for each kind of layer
-        positions = getattr(llm.config, "max_position_embeddings", None)
-        if positions and longest > positions and not getattr(llm.config, "rope_parameters", None):
-            raise UserError(
-                f"{option}: {longest:,} tokens, but {type(llm).__name__} has learned positions for {positions:,}. "
-                f"Ask for at most {positions}."
-            ) from None
-        return
+    except UserError:
+        return  # none, or one for each kind of layer
     if longest > reach(own):
         warnings.warn(
             f"{option}: {longest:,} tokens are {over(own)} Expect little beyond them; to train at that length, set "

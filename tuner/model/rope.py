@@ -191,6 +191,16 @@ def beyond_reach(own: OwnRope, length: int) -> str | None:
     return f"max_length = {length:,} is {over(own)} Set {remedy(own, length)}, or max_length = {meant}."
 
 
+def check_learned(config: PreTrainedConfig, length: int, name: str) -> None:
+    """UserError where a table of learned positions has no row for a document's last tokens; `name` says who asks."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and length > positions and not getattr(config, "rope_parameters", None):
+        raise UserError(
+            f"{name}: {length:,} tokens, but the model ({type(config).__name__}) has learned positions for "
+            f"{positions:,}. Ask for at most {positions}."
+        )
+
+
 def over(own: OwnRope) -> str:
     """What is wrong with a length beyond the reach."""
     kind = own.parameters["rope_type"]
