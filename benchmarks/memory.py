@@ -3,19 +3,20 @@
     python benchmarks/memory.py [--lengths 2048 8192 32768 131072] [--document 1024] [--picture memory.png]
 
 A small InternLM2 in fp32 with the proportions of a large one, packs of documents, one thread, every figure in a process
-of its own. Counted are the bytes of all living tensors, as operations make them and let them go, without weights; what
-lies in the host's memory by offloading is no part of them. Beside them the growth of the process, where offloading
-saves nothing, since host and device are one here. Bytes per token are those between the two greatest lengths; "bend" is
-by how much they differ from those between the two before, 0 where memory is linear.
+of its own, forked from one that has computed nothing. Counted are the bytes of all living tensors, as operations make
+them and let them go, without weights; what lies in the host's memory by offloading is no part of them. Beside them the
+growth of the process, where offloading saves nothing, since host and device are one here. Bytes per token are those
+between the two greatest lengths; "bend" is by how much they differ from those between the two before, 0 where memory is
+linear; "plan" is what `tuner plan` computes for them, and "of plan" the measured ones over that. SDPA, which is what a
+CPU has, copies the outputs of several documents; a plan means one document, or a kernel of a GPU.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import time
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +34,7 @@ SIZES = {
     "max_position_embeddings": 262_144,
 }
 TILE_TOKENS = 2048
-PEER_DOCUMENT = 32_768  # transformers' model has one document of this length at most: its work grows with the square
+LONGEST_DOCUMENT = 32_768  # of what has one document of all tokens: its work grows with the square
 
 
 class Way(NamedTuple):
@@ -41,15 +42,19 @@ class Way(NamedTuple):
 
     memory: dict[str, Any] | None = None  # arguments of `Memory`; None is transformers' Llama
     is_chunked: bool = True
+    longest: int | None = None  # sequence, where it is one document; None: documents of a length, as many as there are
 
 
 WAYS = {
-    "transformers' Llama and loss, layers again": Way(),
+    "transformers' Llama and loss, layers again": Way(longest=LONGEST_DOCUMENT),
     "naive": Way({}, is_chunked=False),
     "+ chunked head and loss": Way({}),
     "+ layers again": Way({"gradient_checkpointing": True}),
     "+ tiles": Way({"gradient_checkpointing": True, "tile_tokens": TILE_TOKENS}),
     "+ tiles, attention kept": Way({"gradient_checkpointing": "attention", "tile_tokens": TILE_TOKENS}),
+    "+ the same, one document": Way(
+        {"gradient_checkpointing": "attention", "tile_tokens": TILE_TOKENS}, longest=LONGEST_DOCUMENT // 4
+    ),
     "+ tiles, offloaded": Way(
         {"gradient_checkpointing": True, "tile_tokens": TILE_TOKENS, "offload_activations": True}
     ),
@@ -79,7 +84,9 @@ def make_step(way: Way, num_tokens: int, document: int) -> tuple[Any, Callable[[
     ids = torch.randint(0, SIZES["vocab_size"], (1, num_tokens))
     if way.memory is None:
         llm = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), attn_implementation="sdpa").train()
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its newer name is missing in transformers that we allow
+            llm.gradient_checkpointing_enable({"use_reentrant": False})
         return llm, lambda: llm(input_ids=ids, labels=ids, use_cache=False).loss, lambda: 0
     llm = AutoModelForCausalLM.from_config(InternLM2Config(**SIZES), attn_implementation="tuner_sdpa").train()
     Memory(**way.memory).save(llm)
@@ -131,12 +138,35 @@ def measure(name: str, num_tokens: int, document: int) -> Figures:
 
 
 def measure_apart(name: str, num_tokens: int, document: int) -> Figures:
-    """`measure` in a fresh process, whose peak is its own."""
-    command = [sys.executable, __file__, "--way", name, "--lengths", str(num_tokens), "--document", str(document)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-4000:]}")
-    return Figures(*json.loads(done.stdout.strip().splitlines()[-1]))
+    """`measure` in a process of its own, whose peak is its own."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def tell() -> None:
+        sender.send(measure(name, num_tokens, document))
+
+    process = multiprocessing.get_context("fork").Process(target=tell)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{name} with {num_tokens} tokens failed.") from None
+    finally:
+        process.join()
+
+
+def planned_slope(way: Way, lengths: list[int]) -> float:
+    """Bytes per token between two lengths, as `tuner plan` computes them for one document, without running anything."""
+    from tuner.model.internlm2.configuration import InternLM2Config
+    from tuner.plan.memory import memory_of
+    from tuner.plan.setup import Setup
+
+    names = {"gradient_checkpointing": "checkpointing"}
+    settings = {names.get(name, name): value for name, value in (way.memory or {}).items()}
+    setup = Setup(InternLM2Config(**SIZES), 0, precision="fp32", on_cpu=True, **settings)
+    setup = setup._replace(loss="chunked" if way.is_chunked else "naive")
+    peaks = [memory_of(setup._replace(num_tokens=length)).peak.total for length in lengths]
+    return (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
 
 
 def slope(figures: dict[int, Figures]) -> tuple[float, float | None]:
@@ -174,31 +204,52 @@ def draw(table: dict[str, dict[int, Figures]], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the table and draw it; with --way, measure one figure."""
+    """Print the table and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32_768, 131_072])
     parser.add_argument("--document", type=int, default=1024, help="tokens of a document")
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.way:
-        print(json.dumps(measure(arguments.way, arguments.lengths[0], arguments.document)))
-        return
     lengths = sorted(arguments.lengths)
+    load()
     print(f"peak MiB of living tensors (growth of the process), documents of {arguments.document} tokens")
-    print(row("", [f"{length:,}" for length in lengths], ["bytes/token", "bend", "CPU s"]))
+    print(row("", [f"{length:,}" for length in lengths], ["bytes/token", "bend", "plan", "of plan", "CPU s"]))
     table: dict[str, dict[int, Figures]] = {}
     for name, way in WAYS.items():
-        known = [length for length in lengths if way.memory is not None or length <= PEER_DOCUMENT]
-        figures = {length: measure_apart(name, length, arguments.document) for length in known}
+        known = [length for length in lengths if way.longest is None or length <= way.longest]
+        document = arguments.document if way.longest is None else way.longest
+        figures = {length: measure_apart(name, length, document) for length in known}
         table[name] = figures
         cells = [f"{each.tensor_bytes / 2**20:.1f} ({each.process_bytes / 2**20:.0f})" for each in figures.values()]
         cells += [""] * (len(lengths) - len(cells))
-        rise, bend = slope(figures) if len(figures) > 1 else (float("nan"), None)
-        seconds = list(figures.values())[-1].seconds
-        print(row(name, cells, [f"{rise:.0f}", "" if bend is None else f"{bend:.1%}", f"{seconds:.0f}"]), flush=True)
+        print(row(name, cells, last_cells(way, figures)), flush=True)
     if arguments.picture:
         draw(table, arguments.picture)
+
+
+def last_cells(way: Way, figures: dict[int, Figures]) -> list[str]:
+    """How memory grows, what was planned, and the seconds of the longest step."""
+    seconds = f"{list(figures.values())[-1].seconds:.0f}"
+    if len(figures) < 2:
+        return ["", "", "", "", seconds]
+    rise, bend = slope(figures)
+    cells = [f"{rise:.0f}", "" if bend is None else f"{bend:.1%}"]
+    if way.memory is None:
+        return [*cells, "", "", seconds]
+    planned = planned_slope(way, sorted(figures)[-2:])
+    return [*cells, f"{planned:.0f}", f"{rise / planned:.3f}", seconds]
+
+
+def load() -> None:
+    """Import whatever the processes need, once; compute nothing, for threads do not come along to a fork."""
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import tuner.method.sft
+    import tuner.model.internlm2.modeling
+    import tuner.plan.memory  # noqa: F401
+
+    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

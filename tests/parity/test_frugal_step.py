@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from tuner.errors import UserError
 from tuner.method.sft import SFT
 from tuner.model.adapter import LoRA, attach
-from tuner.model.checkpointing import ATTENTION, Choice, choice_of, enable_gradient_checkpointing, kept_bytes
+from tuner.model.checkpointing import ATTENTION, Choice, choice_of, enable_gradient_checkpointing
 from tuner.model.fingerprint import Base
 from tuner.model.internlm2.configuration import InternLM2Config
 from tuner.model.memory import Memory
@@ -55,24 +55,24 @@ def make_llm(model: str, dtype: torch.dtype) -> PreTrainedModel:
     return norms_in_their_dtype(llm).train() if dtype == torch.float64 else llm.train()
 
 
-def make_batch() -> dict[str, Any]:
+def make_batch(lengths: list[int] = LENGTHS) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 60, (1, NUM_TOKENS), generator=generator)
-    edges = torch.tensor([0, *LENGTHS]).cumsum(0)
+    edges = torch.tensor([0, *lengths]).cumsum(0)
     labels[:, edges[1:] - 1] = -100
     return {
         "input_ids": torch.randint(0, 60, (1, NUM_TOKENS), generator=generator),
         "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seqlens": edges.int(),
-        "max_seqlen": max(LENGTHS),
+        "max_seqlen": max(lengths),
         "num_loss_tokens": int((labels != -100).sum()),
     }
 
 
-def run(llm: PreTrainedModel, method: SFT | None = None) -> Step:
+def run(llm: PreTrainedModel, method: SFT | None = None, lengths: list[int] = LENGTHS) -> Step:
     llm.zero_grad()
-    loss = (method or SFT(llm))(**make_batch())["loss"]
+    loss = (method or SFT(llm))(**make_batch(lengths))["loss"]
     loss.backward()
     gradients = {name: own.grad.clone() for name, own in llm.named_parameters() if own.grad is not None}
     return loss.item(), gradients
@@ -280,25 +280,71 @@ def test_a_choice_that_means_nothing_is_refused() -> None:
         enable_gradient_checkpointing(llm, ATTENTION)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [NUM_TOKENS]], ids=["documents", "one document"])
 @pytest.mark.parametrize("choice", [True, ATTENTION])
-def test_offloading_changes_no_bit_and_leaves_nothing_on_the_host(choice: Choice) -> None:
+def test_offloading_changes_no_bit_and_leaves_nothing_on_the_host(choice: Choice, lengths: list[int]) -> None:
     llm = make_llm("llama", torch.float32)
     save(llm, choice)
-    expected = run(llm)
+    expected = run(llm, lengths=lengths)
     checkpointing = enable_gradient_checkpointing(llm, choice, offload=True)
     memory = checkpointing.host
     assert memory is not None
     seen: list[int] = []
     llm.get_decoder().norm.register_forward_hook(lambda *_: seen.append(memory.host_bytes))
-    got = run(llm, SFT(llm))
+    got = run(llm, SFT(llm), lengths)
     assert got[0] == expected[0]
     assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
-    heads, size = SIZES["num_attention_heads"], 8
-    # SDPA's copies of documents, once for its backward and once joined, and the log-sum-exp of the longer ones
-    attention = 2 * heads * size * 4 + heads * 4
-    assert seen[-1] == pytest.approx(3 * NUM_TOKENS * kept_bytes(choice, 64, attention), rel=0.05)
+    # What a layer begins with, and the output of its attention with the log-sum-exp of the longer documents; of several
+    # SDPA has copies, once for its backward and once joined.
+    output, log_sum_exp = SIZES["num_attention_heads"] * 8 * 4, SIZES["num_attention_heads"] * 4
+    attention = (2 if len(lengths) > 1 else 1) * output + log_sum_exp
+    per_token = SIZES["hidden_size"] * 4 + (attention if choice == ATTENTION else 0)
+    assert seen[-1] == pytest.approx(3 * NUM_TOKENS * per_token, rel=0.05)
     gc.collect()
     assert memory.host_bytes == 0
+
+
+MIXTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4),
+    "deepseek v3": lambda: transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 8}, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        first_k_dense_replace=1, n_group=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+        qk_nope_head_dim=4, v_head_dim=8,
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8),
+    "phimoe": lambda: transformers.PhimoeConfig(**SIZES, num_local_experts=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["mixtral", "deepseek v3"])
+def test_experts_are_tiled_too_and_get_the_gradients_of_the_plain_form(model: str) -> None:
+    """In fp32, in which their products of groups are."""
+    torch.manual_seed(3)
+    llm = AutoModelForCausalLM.from_config(MIXTURES[model](), attn_implementation="eager").train()
+    ids = make_batch()["input_ids"]
+
+    def step() -> Step:
+        llm.zero_grad()
+        loss = llm(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found = {name: own.grad.clone() for name, own in llm.named_parameters() if own.grad is not None}
+        return loss.item(), {name: gradient for name, gradient in found.items() if gradient.norm() > 0}
+
+    expected = step()
+    Memory(tile_tokens=8, gradient_checkpointing=True).save(llm)
+    assert sum(isinstance(module, Tiled) for module in llm.modules()) == 3 * 3 + 1
+    assert apart(step(), expected) < 2e-6
+
+
+@pytest.mark.parametrize("model", ["gpt-oss", "phimoe"])
+def test_experts_that_are_more_than_a_function_of_each_token_stay_whole_which_is_said(
+    model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(MIXTURES[model]())
+    tile(llm, 8)
+    assert sum(isinstance(module, Tiled) for module in llm.modules()) == 3 * 2 + 1
+    assert "takes all tokens at once" in caplog.text
 
 
 def peak_of_a_step(num_tokens: int, document: int, **settings: Any) -> int:

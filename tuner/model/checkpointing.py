@@ -107,15 +107,6 @@ def recomputed_layers(choice: Choice, num_layers: int) -> list[bool]:
     return [every > 0 and place % every == 0 for place in range(num_layers)]
 
 
-def kept_bytes(choice: Choice, hidden_size: int, attention_bytes: int, stream_itemsize: int = 4) -> int:
-    """Bytes per token and layer that a layer which is computed again keeps until then, on the device or on the host.
-
-    Its input, (B, T, H) in the precision of the residual stream (fp32 under autocast), and of "attention" what
-    `kept_attention.kept_bytes` says, given as `attention_bytes`.
-    """
-    return hidden_size * stream_itemsize + (attention_bytes if choice == ATTENTION else 0)
-
-
 def choice_of(llm: PreTrainedModel) -> Choice:
     """How a model was told to compute again, by us or by transformers."""
     for layer in decoder_layers(llm):

@@ -25,6 +25,7 @@ class KeptAttention:
         self.pack: Pack = pack or _itself
         self.unpack: Unpack = unpack or _itself
         self.outputs: deque[Any] = deque()
+        """packed, or a `_View` of what the attention's graph has packed already"""
         self.is_again = False
 
     @contextmanager
@@ -36,6 +37,15 @@ class KeptAttention:
             yield
         finally:
             _LOCAL.kept = before
+
+    def keep_output(self, output: Tensor, packed: "_View | None") -> None:
+        """For `take_output`, in the order of calls; `packed` where it is kept already."""
+        self.outputs.append(packed or self.pack(output))
+
+    def take_output(self) -> Tensor:
+        """The first that was kept and not taken."""
+        packed = self.outputs.popleft()
+        return packed.tensor(self.unpack) if isinstance(packed, _View) else self.unpack(packed)
 
 
 _LOCAL = threading.local()  # a layer of a GPU is computed again in that GPU's own thread
@@ -81,10 +91,13 @@ class _Inside:
         self.places = {tensor.untyped_storage().data_ptr(): place for place, tensor in enumerate(inputs)}
         self.layouts = [_layout(tensor) for tensor in inputs]
         self.start = torch.empty(0, requires_grad=True)
+        self.packed: list[tuple[Tensor, _Twice]] = []  # what may be the output; held, so that no address is given anew
+        self.num_elements = inputs[0].numel()
         # A leaf would be held by its graph: the inputs come in behind one that holds nothing.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             output = attend(*_Enter.apply(self.grads, self.start, *(tensor.detach() for tensor in inputs)))
-        self.places = {}  # addresses are given out anew
+        self.view = next((view for own, twice in self.packed if (view := _view(own, twice, output))), None)
+        self.places, self.packed = {}, []  # addresses are given out anew
         self.output: Tensor | None = output.detach()  # for the forward, which takes it
         self.end = torch.autograd.graph.get_gradient_edge(output)
 
@@ -92,11 +105,22 @@ class _Inside:
         """An input by its place, with how it was seen; anything else is kept."""
         place = self.places.get(tensor.untyped_storage().data_ptr())
         if place is None or tensor.dtype != self.layouts[place][0] or not tensor.numel():
-            return self.kept.pack(tensor)
+            return self.pack_other(tensor)
         return _Part(place, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def pack_other(self, tensor: Tensor) -> Any:
+        """What is no input; the output may be among it, which is wanted a second time."""
+        packed = self.kept.pack(tensor)
+        if packed is tensor or tensor.numel() != self.num_elements or not _is_dense(tensor):
+            return packed
+        twice = _Twice(packed)
+        self.packed.append((tensor, twice))
+        return twice
 
     def unpack(self, packed: Any) -> Tensor:
         """What `pack` was given."""
+        if isinstance(packed, _Twice):
+            return packed.take(self.kept.unpack)
         if not isinstance(packed, _Part):
             return self.kept.unpack(packed)
         tensor = self.found[packed.place]
@@ -119,6 +143,56 @@ class _Part(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+
+class _Twice:
+    """What is kept once, and wanted by the attention's graph, and, as its output, by the layer before that."""
+
+    def __init__(self, packed: Any) -> None:
+        self.packed = packed
+        self.here: Tensor | None = None
+
+    def look(self, unpack: Unpack) -> Tensor:
+        """The tensor, which stays until it is taken."""
+        if self.here is None:
+            self.here = unpack(self.packed)
+        return self.here
+
+    def take(self, unpack: Unpack) -> Tensor:
+        """The tensor, for the last time."""
+        tensor, self.here = self.look(unpack), None
+        return tensor
+
+
+class _View(NamedTuple):
+    """The output, in another shape than the graph has kept it in."""
+
+    twice: _Twice
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    def tensor(self, unpack: Unpack) -> Tensor:
+        """The output."""
+        kept = self.twice.look(unpack)
+        return kept.as_strided(self.size, self.stride, kept.storage_offset())
+
+
+def _view(own: Tensor, twice: _Twice, output: Tensor) -> _View | None:
+    """How to see `output` in what was kept of `own`, if both are the same memory."""
+    is_same = own.data_ptr() == output.data_ptr() and own.dtype == output.dtype and own.numel() == output.numel()
+    if not is_same or not _is_dense(output):
+        return None
+    return _View(twice, output.size(), output.stride())
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie side by side, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _layout(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], int]:
@@ -151,7 +225,7 @@ class _Once(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.inside = _Inside(kept, attend, inputs)
         output, ctx.inside.output = ctx.inside.output, None
-        kept.outputs.append(kept.pack(output))
+        kept.keep_output(output, ctx.inside.view)
         return output
 
     @staticmethod
@@ -169,7 +243,7 @@ class _Again(torch.autograd.Function):
     def forward(ctx: Any, kept: KeptAttention, *inputs: Tensor) -> Tensor:
         """(1, H, T, D), (1, K, T, D) twice -> (1, H, T, D)."""
         ctx.save_for_backward(*inputs)
-        return kept.unpack(kept.outputs.popleft())
+        return kept.take_output()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

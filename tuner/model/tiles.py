@@ -1,6 +1,7 @@
 """Feed-forward blocks and norms by tiles of tokens: what lies inside them never exists for all tokens at once."""
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -12,7 +13,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-FEED_FORWARD = ("mlp", "feed_forward", "ffn")  # what families call the block that looks at each token alone
+logger = logging.getLogger("tuner")
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe")
+"""what families call the block that looks at each token alone"""
 
 # Shapes: B batch, T tokens, t tokens of a tile, H hidden
 
@@ -25,16 +28,27 @@ def tile(llm: PreTrainedModel, tile_tokens: int) -> None:
     ends in front of a last block in tiles, so only the block's last product is computed more often than before. A
     weight's gradient is added up over the tiles, in fp32 or wider, and given to autograd once.
 
-    Blocks are the children of a layer that are named one of `FEED_FORWARD` and take one tensor; a mixture of experts,
-    whose blocks also say where they sent their tokens, is left as it is but for its norms.
+    Blocks are the children of a layer that are named one of `FEED_FORWARD`, take one tensor and give one; so do most
+    mixtures of experts, which send each token its own way. Of those that do otherwise (GPT-OSS gives its router's
+    scores as well) or draw noise in front of the router, only norms are tiled, which is logged.
     """
+    whole: set[str] = set()
     for layer in decoder_layers(llm):
         for name, module in layer.named_children():
             if is_feed_forward(name, module) or is_norm(module):
                 _tile(module, tile_tokens)
+            elif name in FEED_FORWARD:
+                whole.add(type(module).__name__)
     for module in llm.get_decoder().children():
         if is_norm(module):
             _tile(module, tile_tokens)
+    if whole:
+        logger.warning(
+            "tile_tokens = %d: %s takes all tokens at once, for it is more than a function of each token; norms alone "
+            "are tiled.",
+            tile_tokens,
+            ", ".join(sorted(whole)),
+        )
 
 
 def decoder_layers(llm: nn.Module) -> list[nn.Module]:
@@ -46,10 +60,27 @@ def decoder_layers(llm: nn.Module) -> list[nn.Module]:
 
 
 def is_feed_forward(name: str, module: nn.Module) -> bool:
-    """Whether the child `name` of a layer is a dense feed-forward block: one tensor in, one out, token by token."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    """Whether the child `name` of a layer is a feed-forward block: one tensor in, one out, token by token.
+
+    Whether a mixture of experts gives one tensor, its forward's annotation must say.
+    """
+    signature = inspect.signature(module.forward)
+    parameters = list(signature.parameters.values())
     takes_one = len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return name in FEED_FORWARD and takes_one and not any("expert" in part for part, _ in module.named_modules())
+    if name not in FEED_FORWARD or not takes_one:
+        return False
+    gives_one = signature.return_annotation in (Tensor, "torch.Tensor", "Tensor")
+    return not has_experts(module) or (gives_one and not adds_noise(module))
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module is a mixture of experts."""
+    return any("expert" in part for part, _ in module.named_modules())
+
+
+def adds_noise(module: nn.Module) -> bool:
+    """Whether a mixture of experts changes its input at random, in place, so that it cannot be computed again."""
+    return any(value for part in module.modules() for name, value in vars(part).items() if "jitter" in name)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -171,8 +202,9 @@ def _add(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether a forward of the module is random."""
-    return module.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+    """Whether a forward of the module may be random; some routers draw experts."""
+    drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+    return module.training and (drops or has_experts(module))
 
 
 def _random_states(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
