@@ -184,7 +184,6 @@ def test_a_tokenizer_that_is_no_bpe_is_refused():
     [
         {"normalizer": json.loads(normalizers.Prepend("▁").__getstate__())},
         {"normalizer": json.loads(normalizers.Sequence([normalizers.NFC(), normalizers.Prepend("▁")]).__getstate__())},
-        {"pre_tokenizer": json.loads(pre_tokenizers.Metaspace(prepend_scheme="first").__getstate__())},
         {"pre_tokenizer": json.loads(pre_tokenizers.ByteLevel(add_prefix_space=True).__getstate__())},
     ],
 )

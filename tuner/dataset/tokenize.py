@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from tuner.dataset.chat_template import Segment
 from tuner.dataset.plain_tokenizer import PlainTokenizer, is_vocabulary
+from tuner.dataset.prefix import Prefix, find_prefix
 from tuner.dataset.templates import ChatTemplate, mark_pattern
 from tuner.dataset.words import ID, TextEncoder, text_encoder
 from tuner.errors import UserError
@@ -58,11 +59,13 @@ class Encoder:
         *,
         special_ids: dict[str, int],
         fingerprint: Fingerprint,
+        prefix: Prefix | None = None,
     ) -> None:
         """`source`: the tokenizer's state, which is read when first needed, or what was read from it.
 
-        A warm start needs only the fingerprint.
+        A warm start needs only the fingerprint. `prefix`: the space that the tokenizer puts before texts.
         """
+        self._prefix = prefix
         self._source = source
         self._template = template
         self._special_ids = special_ids
@@ -85,7 +88,8 @@ class Encoder:
         # the model is nine tenths of the state and comes last; inside JSON strings the quotes would be escaped
         settings = json.loads(state.partition(b',"model":')[0] + b"}")
         name = tokenizer.name_or_path or "given"
-        _check_supported(settings, type(backend.model).__name__, name)
+        prefix = find_prefix(settings)
+        _check_supported({**settings, **(prefix.parts if prefix else {})}, type(backend.model).__name__, name)
         special_ids = {token["content"]: token["id"] for token in settings["added_tokens"] if not is_vocabulary(token)}
         special_ids.pop(backend.model.unk_token, None)  # honest text may hold what the vocabulary cannot write
         missing = [mark for mark in template.special_tokens if mark not in {*special_ids, *template.optional_tokens}]
@@ -97,14 +101,16 @@ class Encoder:
             )
         parts = [dataclasses.asdict(template), type(template.tools).__name__]
         fingerprint = Fingerprint(_digest(b"%d" % CODE_VERSION + state), _digest(json.dumps(parts).encode()))
-        return cls(state, template, special_ids=special_ids, fingerprint=fingerprint)
+        return cls(state, template, special_ids=special_ids, fingerprint=fingerprint, prefix=prefix)
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self._tables(), self._template, self._special_ids, self.fingerprint)
+        return _rebuild, (self._tables(), self._template, self._special_ids, self.fingerprint, self._prefix)
 
     def _tables(self) -> PlainTokenizer:
         if isinstance(self._source, bytes):
-            self._source = PlainTokenizer.from_state(self._source)
+            tables = PlainTokenizer.from_state(self._source)
+            parts = self._prefix.parts if self._prefix else {}
+            self._source = dataclasses.replace(tables, frame={**tables.frame, **parts})
         return self._source
 
     @cached_property
@@ -154,7 +160,7 @@ class Encoder:
                 pieces = pieces[1:]
             joined += pieces
             is_open = stays_open
-        return joined
+        return self._prefix.put(joined) if self._prefix else joined
 
     def _pieces(self, segment: Segment) -> tuple[tuple[Segment, ...], bool]:
         """A text of the template, cut at its marks, and whether what follows it may go on from its last piece."""
@@ -180,9 +186,13 @@ def special_tokens(tokenizer: FastTokenizer) -> dict[str, bool]:
 
 
 def _rebuild(
-    source: PlainTokenizer, template: ChatTemplate, special_ids: dict[str, int], fingerprint: Fingerprint
+    source: PlainTokenizer,
+    template: ChatTemplate,
+    special_ids: dict[str, int],
+    fingerprint: Fingerprint,
+    prefix: Prefix | None,
 ) -> Encoder:
-    return Encoder(source, template, special_ids=special_ids, fingerprint=fingerprint)
+    return Encoder(source, template, special_ids=special_ids, fingerprint=fingerprint, prefix=prefix)
 
 
 def _digest(data: bytes) -> str:
@@ -206,7 +216,7 @@ def _check_supported(settings: Mapping[str, Any], kind: str, name: str) -> None:
     ]
     if prefix:
         raise UserError(
-            f"The tokenizer {name!r} puts a space before every text ({', '.join(prefix)}), so a conversation encoded"
-            " piece by piece gets spaces that nobody wrote. Choose a model whose tokenizer does not (InternLM2, Llama 3"
-            " or Qwen)."
+            f"The tokenizer {name!r} puts a space before every text ({', '.join(prefix)}) in a form other than Llama"
+            " 2's, so a conversation encoded piece by piece would get spaces that nobody wrote. Choose a model whose"
+            " tokenizer does not (InternLM2, Llama 3 or Qwen)."
         )
