@@ -63,7 +63,9 @@ def whole_shares(shares: Sequence[float]) -> list[float]:
     """Packs of each source in a block, on average; near a whole number they are that, and the others make up for it.
 
     Where a block has a pack more of a source than its share now and then, it is off by almost a pack if the share is
-    just over a whole number.
+    just over a whole number. A pack is 1 / BLOCK of a block's tokens, times q where it holds q times what packs do on
+    average; so a source of n + f packs in a block, 0 < f < 1, is off by max(f, 1 - f) q / BLOCK in some block, whatever
+    the order, unless its share in the long run is changed, as is done here where that is a small change.
     """
     given = [BLOCK * share / sum(shares) for share in shares]
     free = list(range(len(given)))
