@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from tuner.configs import literals
+from tuner.configs import literals, long_context
 from tuner.configs.models import MODELS, Model
 from tuner.configs.options import find
 from tuner.errors import UserError
@@ -21,21 +22,29 @@ OPTIONS_HEADING = "# from --cfg-options"
 
 
 class Preset(NamedTuple):
-    """A recipe with the settings of a model filled in."""
+    """A recipe with the settings of a model filled in, and of a plan for long context where there is a `header`."""
 
     name: str
     recipe: str
     model: Model
+    planned: Mapping[str, object] = MappingProxyType({})
+    hardware: str = ""
+    header: str = ""
 
     @property
     def settings(self) -> dict[str, object]:
         """What the model's row changes in the recipe."""
-        return {**self.model.settings, **self.model.recipes.get(self.recipe, {})}
+        return {**self.model.settings, **self.model.recipes.get(self.recipe, {}), **self.planned}
 
     @property
     def source(self) -> str:
         """The recipe's text with this model's literals."""
-        return literals.replace(RECIPES[self.recipe].read_text(encoding="utf-8"), self.settings, self.name)
+        source = literals.replace(RECIPES[self.recipe].read_text(encoding="utf-8"), self.settings, self.name)
+        if not self.header:
+            return source
+        quotes = '"""'
+        _, _, rest = source.split(quotes, 2)
+        return quotes + self.header + "\n" + quotes + rest
 
 
 class Description(NamedTuple):
@@ -52,6 +61,18 @@ class Description(NamedTuple):
 PRESETS: dict[str, Preset] = {
     f"{model}-{recipe}": Preset(f"{model}-{recipe}", recipe, row) for model, row in MODELS.items() for recipe in RECIPES
 }
+PRESETS |= {
+    name: Preset(
+        name,
+        long_context.RECIPE,
+        MODELS[model],
+        planned=long_context.default(model).settings,
+        hardware=long_context.hardware(model),
+        header=long_context.header(model),
+    )
+    for model in long_context.PLANS
+    for name in [f"{model}-sft_long"]
+}
 
 
 def list_presets(pattern: str = "") -> list[Description]:
@@ -64,9 +85,11 @@ def list_presets(pattern: str = "") -> list[Description]:
 def describe(preset: Preset) -> Description:
     """One line about a preset, from the recipe's docstring, the model's row and the filled-in settings."""
     summary, defaults = recipe_facts(preset.recipe)
+    summary = preset.header.partition(":")[0] or summary
     model, settings = preset.model, {**defaults, **preset.settings}
     context, state = str(settings["max_length"]), f"{model.gigabytes(settings):.1f} GB"
-    return Description(preset.name, summary, model.about, context, model.meant_for(settings), state)
+    hardware = preset.hardware or model.meant_for(settings)
+    return Description(preset.name, summary, model.about, context, hardware, state)
 
 
 @cache

@@ -7,6 +7,7 @@ import pytest
 
 from tuner.config import OPTIONS_HEADING, PRESETS, RECIPES, add_options, list_presets, load, loads, read_source, render
 from tuner.configs import literals
+from tuner.configs.long_context import PLANS
 from tuner.configs.models import MODELS
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean_or_all
@@ -225,7 +226,7 @@ def test_an_option_that_leads_nowhere_is_told_with_the_nearest_names(path: str, 
 
 
 def test_a_pattern_picks_presets_by_anything_in_their_line():
-    assert len(list_presets()) == len(PRESETS) == 4 * len(MODELS)
+    assert len(list_presets()) == len(PRESETS) == 4 * len(MODELS) + len(PLANS)
     assert {row.name for row in list_presets("TINY")} == {f"internlm2_tiny-{recipe}" for recipe in RECIPES}
     assert {row.name for row in list_presets("sft*llama")} == {
         f"llama3_8b-sft_{tuning}" for tuning in ("full", "lora", "qlora")
