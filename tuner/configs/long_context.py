@@ -133,7 +133,7 @@ def header(model: str) -> str:
 It is set for {context} tokens on {gpus} GPUs. For others, put a line's settings in place of those below, or behind
 `tuner train THIS_FILE`. GiB is the peak that `tuner plan` predicts for each GPU (80 GB, of which an H100 has 79.1 GiB),
 s the time of a step: of a million tokens, or of a pack for each group of ranks if that is more; each pack is taken as
-one document, the most it can cost. `tuner plan THIS_FILE --gpus 8 --nodes 2 --solve` finds more ways, also for other GPUs.
+one document, the most it can cost. `tuner plan THIS_FILE --gpus 8 --nodes 2 --solve` finds more, also for other GPUs.
 
 context  GPUs    GiB  s/step  settings
 {chr(10).join(rows)}
