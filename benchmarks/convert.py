@@ -1,9 +1,11 @@
 """Seconds and memory of `tuner convert` beside the whole-model way, and of `tuner convert merge` beside peft's merge.
 
-A Llama of about 0.43 G weights: a checkpoint in fp32 becomes 0.87 GB in bf16; a LoRA is merged into a bf16 base of that
-size. Every row is a process of its own, several times in turn; the median is shown. Seconds begin when everything is
-imported and end when the files are written. Ours are then on the disk (fsync), the sha256 of the checkpoint's files has
-been compared and that of each tensor noted; "writing alone" leaves all that out, as the others do. Memory is the peak
+"transformers" and "XTuner's" are two whole-model ways: weights loaded in bf16 and saved, or a .pth read into a loaded
+base. A Llama of about 0.43 G weights: a checkpoint in fp32 becomes 0.87 GB in bf16; a LoRA is merged into a bf16 base of
+that size. Every row is a process of its own, several times in turn; the median is shown. Seconds begin when everything
+is imported and end when the files are written. Ours are then on the disk (fsync), the sha256 of the checkpoint's files
+has been compared and that of each tensor noted, at a second or so a GB; "writing alone" leaves all that out, as the
+others do, and transformers' list of renamed tensors, which takes the others about a CPU second once. Memory is the peak
 of the whole process, imports included; allowed is 1.5 x the largest tensor + 500 MB. The check by loading is left out.
 
     python benchmarks/convert.py [--hidden 1024] [--layers 16] [--times 3] [--directory DIR]
@@ -51,6 +53,7 @@ def make_inputs(folder: Path, hidden: int, layers: int) -> None:
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     make_checkpoint(folder / "step_00000001", llm)
+    torch.save(llm.state_dict(), folder / "weights.pth")
     llm.to(torch.bfloat16).save_pretrained(folder / "base")
     lora = get_peft_model(llm, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=TARGETS))
     with torch.no_grad():
@@ -83,6 +86,13 @@ def whole_model(folder: Path, out: Path) -> None:
     shutil.copytree(folder / "step_00000001" / "hf", place)
     (place / "model.safetensors").symlink_to(weights)
     AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16).save_pretrained(out)
+
+
+def through_pickle(folder: Path, out: Path) -> None:
+    """XTuner's steps (pth_to_hf): load the base, read a pickle of all weights into it, save everything."""
+    llm = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    llm.load_state_dict(torch.load(folder / "weights.pth", weights_only=True))
+    llm.bfloat16().save_pretrained(out)
 
 
 def streamed(folder: Path, out: Path) -> None:
@@ -126,7 +136,7 @@ def merging_alone(folder: Path, out: Path) -> None:
 
 
 PAIRS: dict[str, dict[str, Callable[[Path, Path], None]]] = {
-    "checkpoint": {"transformers": whole_model, "tuner": streamed, "writing alone": writing_alone},
+    "checkpoint": {"transformers": whole_model, "XTuner's": through_pickle, "tuner": streamed, "writing alone": writing_alone},
     "merge": {"peft": peft_merge, "tuner": streamed_merge, "writing alone": merging_alone},
 }
 

@@ -144,7 +144,7 @@ def compare(origin: Origin, draft: Path, digests: Mapping[str, str]) -> Checks:
 
 
 def compare_tensors(origin: Origin, draft: Path, digests: Mapping[str, str]) -> str:
-    """Each tensor of the files has the sha256 of what it was made from, which is that noted while it was written."""
+    """Each tensor of the files has the bytes of what it was made from, and the sha256 noted while it was written."""
     files = {name: path for path in sorted(draft.glob("*.safetensors")) for name in names_in(path)}
     missing = set(digests) ^ set(files)
     expected = dict.fromkeys(files, "")
@@ -154,16 +154,22 @@ def compare_tensors(origin: Origin, draft: Path, digests: Mapping[str, str]) -> 
         with safe_open(files[name], framework="pt") as file:
             written = file.get_tensor(name)
         expected[name] = sha256(written)
-        is_same = (
-            is_near(written, tensor) if name in origin.computed else expected[name] == sha256(tensor.to(written.dtype))
-        )
+        is_same = (is_near if name in origin.computed else has_bytes)(written, tensor)
         if not is_same or expected[name] != digests[name] or written.shape != tensor.shape:
             raise MismatchError(f"{name} differs from what it was made from")
     missing |= {name for name, digest in expected.items() if not digest}
     if missing:
         raise MismatchError(f"{sorted(missing)[0]} was not written, or should not have been")
     said = f"; {len(origin.computed)} of them were computed, and are within rounding" if origin.computed else ""
-    return f"sha256 of all {len(files)} tensors against those they were made from{said}"
+    return f"bytes and sha256 of all {len(files)} tensors against those they were made from{said}"
+
+
+def has_bytes(written: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the bits are those of the values in the written dtype; in a tenth of the time of a sha256 of each."""
+    if written.shape != expected.shape:
+        return False
+    both = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (written, expected.to(written.dtype))]
+    return torch.equal(*both)
 
 
 def is_near(written: torch.Tensor, expected: torch.Tensor) -> bool:
