@@ -1,7 +1,7 @@
 """Seconds and memory of `tuner convert` beside the whole-model way, and of `tuner convert merge` beside peft's merge.
 
 "transformers" and "XTuner's" are two whole-model ways: weights loaded in bf16 and saved, or a .pth read into a loaded
-base. A Llama of about 0.43 G weights: a checkpoint in fp32 becomes 0.87 GB in bf16; a LoRA is merged into a bf16 base of
+base. A Llama of some 0.43 G weights: a checkpoint in fp32 becomes 0.87 GB in bf16; a LoRA is merged into a bf16 base of
 that size. Every row is a process of its own, several times in turn; the median is shown. Seconds begin when everything
 is imported and end when the files are written. Ours are then on the disk (fsync), the sha256 of the checkpoint's files
 has been compared and that of each tensor noted, at a second or so a GB; "writing alone" leaves all that out, as the
@@ -136,7 +136,12 @@ def merging_alone(folder: Path, out: Path) -> None:
 
 
 PAIRS: dict[str, dict[str, Callable[[Path, Path], None]]] = {
-    "checkpoint": {"transformers": whole_model, "XTuner's": through_pickle, "tuner": streamed, "writing alone": writing_alone},
+    "checkpoint": {
+        "transformers": whole_model,
+        "XTuner's": through_pickle,
+        "tuner": streamed,
+        "writing alone": writing_alone,
+    },
     "merge": {"peft": peft_merge, "tuner": streamed_merge, "writing alone": merging_alone},
 }
 
