@@ -103,6 +103,8 @@ def launch_options(command: F) -> F:
             show_default=True,
             help="pytorch: torchrun has started this. slurm: print a batch script; in a job, take what SLURM says.",
         ),
+        click.option("--gpu-memory", metavar="SIZE", help="Such as 80GiB, to plan with.  [default: of the GPU here]"),
+        click.option("--force", is_flag=True, help="Start also where the plan says that memory is not enough."),
         click.option("--sbatch", type=click.Path(path_type=Path), metavar="FILE", help="Write that batch script."),
     )
     for option in reversed(options):

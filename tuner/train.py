@@ -3,9 +3,10 @@
 import copy
 import json
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from tuner.engine.machine import set_num_threads
 from tuner.engine.randomness import seed_everything
 from tuner.engine.runner import Parts, Runner, RunRecord
 from tuner.engine.sameness import compare_ranks, own_facts
+from tuner.engine.shortage import Shortage, shortage_told
 from tuner.engine.stages import StagedRope, StagedSchedule, told_shares
 from tuner.engine.strategy import Strategy
 from tuner.engine.together import from_first
@@ -40,7 +42,15 @@ from tuner.parallel.mesh import Layout, arrange, build_mesh
 MAX_SHOWN = 60  # characters of a setting that differs between ranks
 
 
-def train(source: str, *, work_dir: Path, resume: str | None = None, name: str = "config.py") -> Path:
+def train(
+    source: str,
+    *,
+    work_dir: Path,
+    resume: str | None = None,
+    name: str = "config.py",
+    before: Callable[[Any], None] = lambda config: None,
+    explain: Callable[[Any, Shortage], str] = lambda config, shortage: str(shortage),
+) -> Path:
     """Train what the config says; returns the work dir.
 
     Args:
@@ -48,6 +58,8 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
         work_dir: gets config.py, ledger.json, metrics.jsonl, tensorboard/, curves.png, samples.jsonl, checkpoints/.
         resume: None begins, "auto" goes on from the newest checkpoint of `work_dir`, a path from that one.
         name: what error messages call the config.
+        before: gets the checked config before anything is made; may raise a UserError.
+        explain: (config, shortage) -> the message where memory runs out.
 
     Raises:
         UserError: whatever the user can mend, before the first step where it can be known by then.
@@ -55,6 +67,7 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
     """
     config = loads(source, name)
     check(config)
+    before(config)
     work_dir, world = work_dir.resolve(), read_world()
     kept = without_secrets(source, name, world)
     settings = {key: setting.value for key, setting in literals.settings(kept, name).items()}
@@ -63,7 +76,7 @@ def train(source: str, *, work_dir: Path, resume: str | None = None, name: str =
         if world.is_first:
             write_config(work_dir, kept, is_resumed=bool(checkpoints))
         prepared = prepare(config, world)
-        with meeting(config, prepared, work_dir):
+        with meeting(config, prepared, work_dir), shortage_told(prepared.strategy, partial(explain, config)):
             compare_run(source, settings, prepared.dataloader, world)
             checkpoints = from_first(checkpoints, world)
             check_shared(work_dir, world)

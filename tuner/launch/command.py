@@ -37,7 +37,7 @@ def train(job: Job, options: Options) -> int:
     if told is not None:
         leave_with(told.launcher)
         try:
-            return train_here(job, told.source, told.resume)
+            return train_here(job, told.source, told.resume)  # the launcher has asked the plan
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED  # click would end the line, of which there is none
     if options.sbatch is not None and options.launcher != "slurm":
@@ -47,25 +47,55 @@ def train(job: Job, options: Options) -> int:
             return write_script(job, options)
         options = enter_step(options)
     if is_rank_of_another(options):
-        return train_as_rank(job)
+        return train_as_rank(job, options)
     node = read_node(options)
     if not options.starts_processes:
-        return train_here(job, job.render(), job.resume)
+        return train_here(job, job.render(), job.resume, partial(ask_plan, options=options))
     return launch(job, node, options)
 
 
-def train_here(job: Job, source: str, resume: str | None) -> int:
-    """Train in this process, which may be one rank of several; the exit code."""
+def train_here(job: Job, source: str, resume: str | None, before: Callable[[Any], None] | None = None) -> int:
+    """Train in this process, which may be one rank of several; `before` gets the config once it is checked."""
     from tuner.train import train  # brings torch and transformers: a misspelt setting has been reported by now
 
     try:
-        train(source, work_dir=job.work_dir, resume=resume, name=job.name)
+        train(
+            source,
+            work_dir=job.work_dir,
+            resume=resume,
+            name=job.name,
+            before=before or (lambda config: None),
+            explain=explain_shortage,
+        )
     except StoppedError:
         return EXIT_SAVED
     return 0
 
 
-def train_as_rank(job: Job) -> int:
+def ask_plan(config: Any, options: Options, ranks: tuple[int, int] = (1, 1)) -> None:
+    """UserError where the plan says that so many ranks, and so many on a node, have not got the memory they need.
+
+    It is asked once, before a process starts; nothing is imported for it where the memory is not known.
+    """
+    import torch
+
+    if options.gpu_memory is None and not torch.cuda.is_available():
+        return
+    from tuner.plan.forecast import Ranks, find_room, refuse
+
+    refuse(config, find_room(config, options.gpu_memory, ranks[1]), Ranks(*ranks), force=options.force)
+
+
+def explain_shortage(config: Any, shortage: Any) -> str:
+    """What to say where memory ran out in a run of this config."""
+    from tuner.engine.world import read_world
+    from tuner.plan.forecast import Ranks, explain, find_room
+
+    world = read_world()
+    return explain(config, find_room(config, None, world.local_size), Ranks(world.size, world.local_size), shortage)
+
+
+def train_as_rank(job: Job, options: Options) -> int:
     """Train as a rank that another launcher has started; only the first rank prints."""
     source = job.render()
     from tuner.engine.world import read_world
@@ -73,7 +103,8 @@ def train_as_rank(job: Job) -> int:
     world = read_world()
     log = job.work_dir / "logs" / f"rank_{world.rank}.log"
     with nullcontext() if world.is_first else printing_to(log):
-        return train_here(job, source, job.resume)
+        ask = partial(ask_plan, options=options, ranks=(world.size, world.local_size)) if world.is_first else None
+        return train_here(job, source, job.resume, ask)
 
 
 def enter_step(options: Options) -> Options:
@@ -94,7 +125,12 @@ def write_script(job: Job, options: Options) -> int:
     if options.nproc is None:
         raise UserError("--launcher slurm needs --nproc, the processes on each node (one for each GPU).")
     read_node(options._replace(nnodes=1, node_rank=None))
-    check_job(job)
+    _, config = check_job(job)
+    if options.gpu_memory is not None:  # of the job's nodes; what is here may have none
+        from tuner.plan.forecast import Ranks, refuse, stated_room
+
+        ranks = Ranks(options.nproc * options.nnodes, options.nproc)
+        refuse(config, stated_room(options.gpu_memory), ranks, force=options.force)
     text = slurm.script(options, job.arguments, Path(job.name).stem)
     if options.sbatch is None:
         print(text, end="")
@@ -111,6 +147,7 @@ def launch(job: Job, node: Node, options: Options) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     source, config = check_job(job)
     check_gpus(node.num_processes, config)
+    ask_plan(config, options, (node.num_processes * node.num_nodes, node.num_processes))
     from tuner.engine.work_dir import choose_checkpoints, locked
     from tuner.launch.launcher import Run
     from tuner.launch.launcher import launch as run_all

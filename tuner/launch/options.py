@@ -25,6 +25,8 @@ class Options(NamedTuple):
     node_timeout: float = 900.0  # seconds for all nodes to come
     grace: float = 600.0  # seconds that ranks have to save and leave after a signal
     sbatch: Path | None = None
+    gpu_memory: str | None = None
+    force: bool = False  # start what the plan says cannot fit
 
     @property
     def starts_processes(self) -> bool:

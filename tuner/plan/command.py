@@ -11,22 +11,12 @@ from tuner.engine.machine import peak_rate
 from tuner.errors import UserError
 from tuner.plan.gpus import Gpu, read_gpu, read_link
 from tuner.plan.lengths import lengths_of
-from tuner.plan.memory import GIB, SOURCES, Memory, memory_of
+from tuner.plan.memory import GIB, LABELS, SOURCES, Memory, memory_of
 from tuner.plan.setup import Setup, read_setup
 from tuner.plan.solve import Choice, Work, solve
 from tuner.plan.speed import EFFICIENCY, Speed, speed_of
 
 EXIT_DOES_NOT_FIT = 2
-LABELS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer states",
-    "checkpoints": "activations kept for backward",
-    "working_set": "working set of a layer",
-    "logits": "logits, gradient of the head",
-    "communication": "gathered weights, buckets",
-    "reserve": "CUDA, NCCL, fragmentation",
-}
 
 
 class Wanted(NamedTuple):

@@ -9,6 +9,16 @@ from tuner.plan.trace import Activations, trace
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # of CUDA, cuBLAS and NCCL, beside what torch allocates
 FRAGMENTATION = 0.04  # of what comes and goes: blocks that are free and of no use
+LABELS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "checkpoints": "activations kept for backward",
+    "working_set": "working set of a layer",
+    "logits": "logits, gradient of the head",
+    "communication": "gathered weights, buckets",
+    "reserve": "CUDA, NCCL, fragmentation",
+}
 SOURCES = {
     "weights": "formula",
     "gradients": "formula",

@@ -9,7 +9,7 @@ from tuner.model.checkpointing import Choice as Recomputed
 from tuner.parallel.mesh import Degrees, head_counts, legal_degrees
 from tuner.plan.gpus import Gpu
 from tuner.plan.holding import Held, Sizes, count, hold
-from tuner.plan.memory import Memory, memory_of
+from tuner.plan.memory import CONTEXT, Memory, memory_of
 from tuner.plan.settings import line
 from tuner.plan.setup import Setup
 from tuner.plan.speed import STEP_BYTES, Speed, speed_of
@@ -120,6 +120,8 @@ def needs_no_more(one: Setup, other: Setup) -> bool:
     """Whether `one` surely needs no more memory: held in the same way, it keeps less or has fewer tokens on a rank."""
     if one.holding != other.holding or one.offload_activations < other.offload_activations:
         return False
+    if one.checkpointing not in AGAIN or other.checkpointing not in AGAIN or one.tile_tokens != other.tile_tokens:
+        return False
     if AGAIN.index(one.checkpointing) > AGAIN.index(other.checkpointing):
         return False
     if one.degrees == other.degrees:
@@ -135,6 +137,7 @@ def at_least(setup: Setup, sizes: Sizes) -> float:
     kept = of_layer_input(computation) + (of_attention(computation) if setup.checkpointing is not True else 0)
     is_there = held.is_static or setup.num_accumulation_steps > 1
     forward = held.gathered + layers * kept + (held.gradient if is_there else 0.0)
+    always += 0.0 if setup.on_cpu else CONTEXT
     return always + max(forward, held.gradient + max(0.0, held.updating))
 
 
