@@ -89,7 +89,9 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
 
 
-@pytest.mark.parametrize("too_long", ["truncate", "split", "drop"])
+@pytest.mark.parametrize(
+    "too_long", ["truncate", *(pytest.param(way, marks=pytest.mark.slow) for way in ("split", "drop"))]
+)
 def test_neither_chunks_nor_processes_show_in_the_bytes_and_no_token_is_lost(data, rows, make, monkeypatch, too_long):
     made = {}
     for name, num_workers, chunk_bytes in (("whole", 1, 1 << 30), ("each", 1, 1), ("several", 2, 1500)):

@@ -440,6 +440,7 @@ def num_tokenised(tmp_path: Path, cache: str) -> int:
     return (tmp_path / f"{cache}.count").stat().st_size
 
 
+@pytest.mark.slow
 def test_one_is_killed_amid_a_window_and_the_other_goes_on_and_sees_the_same(tmp_path, files, stream, run):
     first = run("cut", hangs_at=40)
     while not (list(tmp_path.glob("cut/*/00000001")) and list(tmp_path.glob("cut/*/*.tmp-*"))):

@@ -220,6 +220,7 @@ def assert_within(found: dict[str, float], tolerance: float) -> None:
     assert {name: value for name, value in found.items() if not value <= tolerance} == {}
 
 
+@pytest.mark.slow
 def test_four_ranks_make_the_step_of_one_also_with_cut_sequences_and_with_copies_on_two_nodes():
     for found in run_on_ranks(4, compare, FOUR_RANKS, torch.float64):
         assert_within(found, 1e-12)

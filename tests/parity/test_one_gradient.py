@@ -204,6 +204,7 @@ def test_a_step_is_the_sum_over_its_documents_on_two_ranks(two_ranks: list[TwoRa
     assert_same([found.same for found in two_ranks], TWO_RANKS, 1)
 
 
+@pytest.mark.slow
 def test_a_step_is_the_sum_over_its_documents_on_four_ranks():
     assert_same(run_on_ranks(4, compare_both, FOUR_RANKS, 1), FOUR_RANKS, 1)
 
