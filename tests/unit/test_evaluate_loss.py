@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tuner.cli import cli
 from tuner.dataset.prepare import build_shards
 from tuner.errors import UserError
+from tuner.evaluate import loss
 from tuner.evaluate.buckets import Buckets
 from tuner.evaluate.loss import evaluate_loss, measure
 from tuner.method.sft import SFT
@@ -86,6 +87,10 @@ def by_key(values: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     return found
 
 
+def no_picture(*_: Any) -> None:
+    """A second for each."""
+
+
 def run_loss(model: Path, out: Path, *options: str) -> Result:
     command = ["evaluate", "loss", str(model), str(model / "held.jsonl"), "--bucket", "16", "--out", str(out)]
     command += ["--template", "internlm2"]
@@ -94,8 +99,10 @@ def run_loss(model: Path, out: Path, *options: str) -> Result:
 
 @pytest.mark.parametrize("max_length", [None, 100])
 def test_every_number_is_that_of_transformers_document_by_document(
-    model: Path, tmp_path: Path, tuner_cache: Path, max_length: int | None
+    model: Path, tmp_path: Path, tuner_cache: Path, monkeypatch: pytest.MonkeyPatch, max_length: int | None
 ):
+    if max_length:
+        monkeypatch.setattr(loss, "draw", no_picture)
     options = ["--max-length", str(max_length)] if max_length else []
     result = run_loss(model, tmp_path / "out", *options, "--pack-tokens", "200")
     found = by_key(json.loads((tmp_path / "out" / "loss.json").read_text()))
@@ -108,7 +115,8 @@ def test_every_number_is_that_of_transformers_document_by_document(
         assert {name: found[key][name] for name in told} == pytest.approx(told, rel=2e-5, abs=1e-6), key
         assert found[key]["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=1e-3)
     assert f"{reference['all']['tokens']:,}" in result.output
-    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    if not max_length:
+        assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="exists already"):
         run_loss(model, tmp_path / "out")
 
@@ -130,7 +138,10 @@ def test_in_float64_they_are_exact_however_documents_are_packed(model: Path, tun
             assert {name: getattr(row, name) for name in expected_row} == pytest.approx(expected_row, rel=1e-11, abs=0)
 
 
-def test_only_what_training_would_train_is_scored(model: Path, tmp_path: Path, tuner_cache: Path):
+def test_only_what_training_would_train_is_scored(
+    model: Path, tmp_path: Path, tuner_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loss, "draw", no_picture)
     messages = [("user", "what"), ("assistant", "ba ne"), ("user", "and"), ("assistant", "shi")]
     row = {"messages": [{"role": role, "content": text} for role, text in messages]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
