@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-slow test-faults lint benchmarks clean
+.PHONY: install demo demo-long test test-slow test-faults lint benchmarks clean
 
 install: $(INSTALLED)
 
@@ -15,6 +15,9 @@ $(INSTALLED): setup.py constraints.txt
 
 demo: install
 	$(BIN)/python examples/demo.py
+
+demo-long: install
+	$(BIN)/python examples/demo_long.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ def evaluate_group() -> None:
               help="From the depth on evenly to the end; all are asked for.")  # fmt: skip
 @click.option("--trials", "num_trials", type=click.IntRange(min=1), default=1, show_default=True, help="Of each cell.")
 @click.option("--haystack", multiple=True, metavar="FILE", help="Text in the place of made sentences.")
+@click.option("--needle-file", type=click.Path(path_type=Path), metavar="FILE",
+              help='Yours: JSON lines of {"needle": text, "question": text, "answer": text}.')  # fmt: skip
 @click.option("--mode", type=click.Choice(["logprob", "generate"]), default="logprob", show_default=True,
               help="logprob: one pass over given answers. generate: write them too, which is slow.")  # fmt: skip
 @click.option("--pack-tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="In one pass.")

@@ -128,7 +128,17 @@ class Haystack:
             [*self.encode(wording.statement.format(key=key)), *value, *self.encode(wording.end)]
             for (key, _), value in zip(pairs, values)
         ]
-        questions = [self.encode(wording.question.format(key=key)) for key, _ in pairs]
+        return self.hidden(cell, needles, [self.encode(wording.question.format(key=key)) for key, _ in pairs], values)
+
+    def hidden(
+        self, cell: Cell, needles: Sequence[list[int]], questions: Sequence[list[int]], values: Sequence[list[int]]
+    ) -> Document:
+        """Exactly `cell.length` tokens with the token ids of these needles, and what is asked and answered of each.
+
+        Raises:
+            UserError: they alone are longer than the document.
+        """
+        num_needles = len(needles)
         room = cell.length - len(self.prefix) - sum(map(len, [*needles, *questions, *values]))
         if room < 0:
             raise UserError(

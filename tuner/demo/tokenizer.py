@@ -28,7 +28,7 @@ def _user_defined_piece(text: str) -> bytes:
     return _field(1, 2, body)
 
 
-def train_model(lines: Iterable[str]) -> bytes:
+def train_model(lines: Iterable[str], vocab_size: int = VOCAB_SIZE) -> bytes:
     """tokenizer.model: unk, bos, eos, 256 bytes, pieces, and the spare pieces last, where InternLM2 has them.
 
     The trainer would put them first; repeated protobuf fields may simply be appended to a message.
@@ -38,7 +38,7 @@ def train_model(lines: Iterable[str]) -> bytes:
         sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
-        vocab_size=VOCAB_SIZE - NUM_UNUSED,
+        vocab_size=vocab_size - NUM_UNUSED,
         byte_fallback=True,
         character_coverage=1.0,
         normalization_rule_name="identity",
@@ -55,10 +55,10 @@ def train_model(lines: Iterable[str]) -> bytes:
     return model.getvalue() + b"".join(spare)
 
 
-def tokenizer_config() -> dict[str, Any]:
+def tokenizer_config(vocab_size: int = VOCAB_SIZE) -> dict[str, Any]:
     """tokenizer_config.json with the names of the special tokens, as on the hub."""
     named = {0: "<unk>", 1: "<s>", 2: "</s>"}
-    named |= dict(enumerate(SPECIAL_TOKENS, start=FIRST_SPECIAL_ID))
+    named |= dict(enumerate(SPECIAL_TOKENS, start=vocab_size - len(SPECIAL_TOKENS)))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
         "add_bos_token": True,
@@ -86,9 +86,12 @@ def special_tokens_map() -> dict[str, Any]:
     }
 
 
-def write_tokenizer(lines: Iterable[str], directory: Path) -> None:
+def write_tokenizer(lines: Iterable[str], directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """The three tokenizer files of a model directory."""
-    (directory / "tokenizer.model").write_bytes(train_model(lines))
-    for name, content in (("tokenizer_config", tokenizer_config()), ("special_tokens_map", special_tokens_map())):
+    (directory / "tokenizer.model").write_bytes(train_model(lines, vocab_size))
+    for name, content in (
+        ("tokenizer_config", tokenizer_config(vocab_size)),
+        ("special_tokens_map", special_tokens_map()),
+    ):
         text = json.dumps(content, ensure_ascii=False, indent=2)
         (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")

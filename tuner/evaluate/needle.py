@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tuner.chat.loading import find_source, load_tokenizer
-from tuner.dataset.needle_grid import ON_COMMAND_LINE, NeedleGrid, cell_means
+from tuner.dataset.needle_file import NeedleFile
+from tuner.dataset.needle_grid import ON_COMMAND_LINE, NeedleGrid, Needles, cell_means
 from tuner.dataset.needles import Cell, Document
 from tuner.engine.aside import aside
 from tuner.engine.heat_map import draw_maps, text_map
@@ -21,7 +22,14 @@ FILES = ("needle.json", "needle.png")
 
 
 def evaluate_needle(
-    model_dir: str, *, out: Path, adapter: Path | None = None, mode: str, pack_tokens: int, **asked: Any
+    model_dir: str,
+    *,
+    out: Path,
+    adapter: Path | None = None,
+    mode: str,
+    pack_tokens: int,
+    needle_file: Path | None = None,
+    **asked: Any,
 ) -> None:
     """Score every cell, and write needle.json and needle.png to `out`, which must not hold them yet.
 
@@ -30,6 +38,7 @@ def evaluate_needle(
         adapter: a LoRA on top of it.
         mode: "logprob", or "generate" to write the answers too.
         pack_tokens: in one pass.
+        needle_file: the user's needles in the place of ours, as `NeedleFile` reads them.
         asked: the fields of a `NeedleGrid`.
 
     Raises:
@@ -40,7 +49,8 @@ def evaluate_needle(
     cells, _ = grid.cells(), grid.texts()
     source = find_source(model_dir, adapter)
     tokenizer = load_tokenizer(source)
-    make = grid.maker(tokenizer)  # before the weights are loaded
+    needles: Needles = grid if needle_file is None else NeedleFile(needle_file, grid)
+    make = needles.maker(tokenizer)  # before the weights are loaded
     method = load_method(source, tokenizer)
     warn_of_length(method.llm, cells[-1].length, "--lengths")
     report(score(method, cells, make, mode=mode, pack_tokens=pack_tokens), out)
