@@ -170,3 +170,22 @@ def test_a_tokenizer_that_cannot_tell_two_needles_apart_is_refused():
     assert encoder(tokenizer, "en")("ab") == [97, 98]
     with pytest.raises(UserError, match="no tokens for parts of the needles in 'zh': they become '<unk>'"):
         encoder(tokenizer, "zh")
+
+
+def test_lengths_beyond_every_stage_are_a_warning_with_the_remedy_of_the_furthest(model, caplog):
+    stages = [{"max_length": 64}, {"max_length": 128, "rope_theta": 5e4}, {"max_length": 512, "rope_theta": 6e4}]
+    for length, given, told in (
+        ("512", stages, ""),
+        ("513", stages, "(it is 60000)"),
+        ("257", stages[:2], "(it is 50000)"),
+    ):
+        node = {"type": NeedleGrid, "lengths": length}
+        config = {
+            "model": {"type": build_llm, "path": str(model)},
+            "train_dataloader": {"dataset": {"max_length": 128}, "stages": given},
+            "custom_hooks": [{"interval": 5, "needles": node}],
+        }
+        caplog.clear()
+        assert wrong_needles(config, [(NeedleGrid, {"lengths": length})]) == []
+        assert bool(caplog.messages) == bool(told)
+        assert told in "".join(caplog.messages)

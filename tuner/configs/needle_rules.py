@@ -10,7 +10,7 @@ from tuner.configs.strategy_rules import complaints
 from tuner.dataset.needle_grid import NeedleGrid, parse_depths, parse_languages, parse_lengths
 from tuner.errors import UserError
 from tuner.model.build import read_config
-from tuner.model.rope import Rope, over, own_rope, reach, remedy, replace_rope
+from tuner.model.rope import OwnRope, Rope, over, own_rope, reach, remedy, replace_rope
 
 PARSERS = {"lengths": parse_lengths, "depths": parse_depths, "languages": parse_languages}
 logger = logging.getLogger("tuner")
@@ -60,7 +60,7 @@ def warn_of_needles(config: Mapping[str, Any], length: int) -> None:
                 )
                 for stage in stages
             ]
-            furthest = max((replace_rope(own, rope) for rope in ropes), key=reach)
+            furthest = max((replace_rope(own, rope) for rope in ropes), key=far)
         except UserError:
             continue  # told elsewhere, or a model without rotary embedding
         if length > reach(furthest):
@@ -68,3 +68,8 @@ def warn_of_needles(config: Mapping[str, Any], length: int) -> None:
                 f"needle_lengths: {length:,} tokens are {over(furthest)} Expect little beyond them; to train at that "
                 f"length, set {remedy(furthest, length)}."
             )
+
+
+def far(own: OwnRope) -> tuple[int, float]:
+    """By what stages are compared: the reach, then the base."""
+    return reach(own), own.parameters["rope_theta"]
