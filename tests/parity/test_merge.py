@@ -129,6 +129,22 @@ def test_a_4_bit_base_becomes_the_numbers_that_bitsandbytes_computes_with(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_4_bit_base_in_fp32_passes_the_check_though_bitsandbytes_computes_it_in_bf16(tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    base, adapter = make(tmp_path, KINDS["lora"])
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    llm = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantisation, dtype=torch.float32)
+    llm.save_pretrained(tmp_path / "nf4")
+    out = merge(tmp_path / "nf4", adapter, tmp_path / "out", verify=False)
+    digests = {name: entry["sha256"] for name, entry in json.loads((out / RECORD).read_text())["tensors"].items()}
+    change = read_adapter(adapter)
+    tensors = dequantised(model_tensors(tmp_path / "nf4"), tmp_path / "nf4")
+    origin = origin_of(tmp_path / "nf4", change, [piece_of(tensor, change, None) for tensor in tensors.values()])
+    assert any("logits" in text for text in compare(origin, out, digests).checked)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_reload_compares_with_base_and_adapter(tmp_path):
     base, adapter = make(tmp_path, KINDS["dora"])
     out = merge(base, adapter, tmp_path / "out", verify=False)
