@@ -25,12 +25,12 @@ from tuner.model.tokenizer import build_tokenizer
 
 PRESET = "internlm2_tiny-pretrain"
 LENGTHS = "512,1k,2k,4k"
-NUM_TRIALS = 20  # of each cell of the map, with other people in other sentences
+NUM_TRIALS = 10  # of each cell of the map, with other people in other sentences
 NEEDED_SHARE = 0.90  # of the needles of every cell, after the last stage
 POOR_SHARE = 0.50  # of all needles beyond 512 tokens, before it: at most
 
 SHORT_LENGTH, LONG_LENGTH = 512, 4096
-NUM_STEPS = (800, 600, 200)  # of each stage
+NUM_STEPS = (600, 800, 200)  # of each stage
 STEP_TOKENS = (2048, 2048, 8192)
 LONG_BASE = 1e5  # of the rotary embedding in the last stage; 1e4 before
 
@@ -111,7 +111,7 @@ def settings(data: Path, seed: int) -> list[str]:
         "max_length": LONG_LENGTH,
         "max_steps": sum(NUM_STEPS),
         "lr": 5e-3,
-        "min_lr_ratio": 0.2,
+        "min_lr_ratio": 0.15,
         "warmup_ratio": 0.025,
         "betas": (0.9, 0.98),
         "weight_decay": 0.01,

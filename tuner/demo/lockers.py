@@ -45,7 +45,7 @@ SHAPE = {
     "max_position_embeddings": 4096,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "rope_theta": 2000,  # slow enough for 512 tokens, and no more
+    "rope_theta": 5000,  # slow enough for 512 tokens, and no more
 }
 COPY_LENGTH = 64
 MOST_FACTS = 20  # in a long document
