@@ -7,6 +7,7 @@ import pytest
 import torch
 from jinja_families import LAST_TOOLS_FAMILY, own
 from small_tokenizer import write_directory
+from transformers import LlamaConfig
 
 from tuner.chat.answers import Answers
 from tuner.chat.loading import detect_template
@@ -26,6 +27,7 @@ class ScriptedModel:
     """Answers with given texts, token by token through the streamer, and keeps the prompts it saw."""
 
     device = torch.device("cpu")
+    config = LlamaConfig(max_position_embeddings=200)
 
     def __init__(self, tokenizer, replies):
         self.tokenizer, self.replies, self.prompts = tokenizer, list(replies), []
@@ -124,6 +126,15 @@ def test_reset_forgets(tokenizer, monkeypatch, capsys):
     _, prompts, _ = talk(tokenizer, monkeypatch, capsys, ["one", "/reset", "two"], ["a<|im_end|>", "b<|im_end|>"])
     assert "one" in prompts[0]
     assert "one" not in prompts[1]
+
+
+def test_a_conversation_that_outgrows_the_model_is_told_once_and_kept_whole(tokenizer, monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr("sys.stderr.write", lambda text: said.append(text))
+    _, prompts, ids = talk(tokenizer, monkeypatch, capsys, ["a long line " * 3] * 50, ["yes<|im_end|>"] * 50)
+    assert len(ids[-1]) > 200 > len(ids[0])
+    assert prompts[-1].count("yes<|im_end|>") == 49
+    assert len([text for text in said if "the model was made for 200: expect worse replies" in text]) == 1
 
 
 def test_half_a_character_is_not_shown_before_it_is_whole(tokenizer):

@@ -1,5 +1,6 @@
 """A model, its tokenizer and its template: a conversation becomes a reply that is shown while it comes."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ class ChatSession:
     ) -> None:
         self.llm, self.tokenizer, self.template, self.generation = llm, tokenizer, template, generation
         self.encoder = Encoder.from_tokenizer(tokenizer, template)
+        self.has_warned = False
         self.stop_ids = tokenizer.convert_tokens_to_ids(list(template.stop_tokens))
 
     def reply(self, messages: list[Message], tools: list[dict[str, Any]], write: Callable[[str], None]) -> Reply:
@@ -47,6 +49,7 @@ class ChatSession:
         """
         segments = render({"messages": messages, "tools": tools}, self.template, add_generation_prompt=True)
         prompt = torch.from_numpy(self.encoder.encode([segments])[0].ids.astype("int64"))[None].to(self.llm.device)
+        self.warn_beyond_context(prompt.shape[1])
         printer = ReplyPrinter(self.tokenizer, hidden=hidden_marks(self.template), write=write)
         with torch.inference_mode():
             try:
@@ -61,6 +64,18 @@ class ChatSession:
             except KeyboardInterrupt:
                 write(" [stopped]")
         return parse_reply(printer.text, self.template)
+
+    def warn_beyond_context(self, num_tokens: int) -> None:
+        """Say once that a conversation has outgrown the model; it is not cut, which would make it another."""
+        context = getattr(self.llm.config.get_text_config(), "max_position_embeddings", None)  # not every model has it
+        if context is not None and num_tokens >= context and not self.has_warned:
+            self.has_warned = True
+            print(
+                f"warning: the conversation has {num_tokens:,} tokens, the model was made for {context:,}: expect "
+                "worse replies. /reset forgets all, /undo the last turn.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def hidden_marks(template: ChatTemplate) -> tuple[str, ...]:
