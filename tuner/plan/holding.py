@@ -28,6 +28,7 @@ class Sizes(NamedTuple):
     layer_trained: int
     head: int  # trained, and not the embedding's too
     embedding: int  # trained
+    largest: int  # parameter
     frozen_linear: int  # kept in the compute precision under an adapter
     matmuls: Matmuls
 
@@ -63,6 +64,7 @@ def count(setup: Setup) -> Sizes:
         layer_trained=elements(parameter for parameter in largest.parameters() if parameter.requires_grad),
         head=0 if head is embedding or not head.requires_grad else head.numel(),
         embedding=embedding.numel() if embedding.requires_grad else 0,
+        largest=max(parameter.numel() for parameter in llm.parameters()),
         frozen_linear=elements(frozen) if setup.lora is not None else 0,
         matmuls=count_matmuls(llm),
     )
@@ -174,9 +176,14 @@ def zero_3(setup: Setup, sizes: Sizes) -> Held:
         is_static=True,
         gathered=gathered if ranks > 1 else 0.0,
         at_loss=gathered if ranks > 1 else 0.0,
-        reducing=FP32 * bucket(setup, sizes),
+        reducing=FP32 * bucket(setup, sizes) + (staged(setup, sizes) if ranks > 1 else 0.0),
         updating=min(part, FP32 * SUB_GROUP),
     )
+
+
+def staged(setup: Setup, sizes: Sizes) -> float:
+    """Copies that gloo makes on CPUs: the embedding's weights are fetched twice over while the head's gradient goes."""
+    return (2.0 * setup.itemsize + FP32) * sizes.largest if setup.on_cpu else 0.0
 
 
 def buffers(setup: Setup) -> int:
