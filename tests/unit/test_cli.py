@@ -15,6 +15,7 @@ from tuner.arguments import bind_resume, repeat_cfg_options
 from tuner.cli import run
 from tuner.config import PRESETS, RECIPES, add_options, render
 from tuner.errors import UserError
+from tuner.launch.command import ask_plan, explain_shortage
 
 PRESET = "internlm2_tiny-sft_full"
 HEAVY = ("torch", "mmengine", "transformers", "numpy", "peft", "tokenizers", "tuner.train", "tuner.check")
@@ -122,6 +123,7 @@ def test_train_hands_over_the_resolved_text(calls: list, tmp_path: Path):
     assert run(arguments) == 0
     source, kwargs = trained(calls)
     assert source == render(PRESET, {"lr": 1e-5, "seed": 3, "max_steps": 7})
+    assert (kwargs.pop("before").func, kwargs.pop("explain")) == (ask_plan, explain_shortage)
     assert kwargs == {"work_dir": tmp_path, "resume": None, "name": PRESET}
 
 
