@@ -193,7 +193,7 @@ def prepare_command(config: str, settings: Pairs, cfg_options: Pairs) -> None:
 @click.option("--link", metavar="NAME|BYTES/S", help="Slowest between ranks.  [default: NVLink; ib400 between nodes]")
 @click.option("--price", type=float, help="Of a GPU for an hour.")
 @click.option("--solve", is_flag=True, help="Try strategies, sp and checkpointing; show what fits, and what to set.")
-@click.option("--measure", is_flag=True, help="Take the rate of matrix products measured on this machine.")
+@click.option("--measure", is_flag=True, help="Take the rates of matrix products and memory measured on this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
 @debug_option
 def plan_command(config: str, settings: Pairs, cfg_options: Pairs, **options: Any) -> int:

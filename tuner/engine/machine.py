@@ -60,6 +60,21 @@ def measured_rate(device: torch.device, dtype: torch.dtype, num_tries: int = 5) 
     return 2 * size**3 / min(seconds)
 
 
+@functools.cache
+def measured_bandwidth(device: torch.device, num_bytes: int = 2**28, num_tries: int = 5) -> float:
+    """Bytes/s of the device's memory: those read and written by a copy, over the shortest of a few times."""
+    source = torch.zeros(num_bytes, device=device, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    seconds = []
+    for _ in range(num_tries):
+        synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * num_bytes / min(seconds)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device to finish."""
     if device.type == "cuda":

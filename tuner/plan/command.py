@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tuner.config import loads
-from tuner.engine.machine import peak_rate
+from tuner.engine.machine import measured_bandwidth, measured_rate
 from tuner.errors import UserError
 from tuner.plan.gpus import Gpu, read_gpu, read_link
 from tuner.plan.lengths import lengths_of
@@ -56,8 +56,7 @@ def plan(source: str, *, name: str = "config.py", **options: Any) -> int:
     lengths = lengths_of(config, setup.num_tokens)
     efficiency = EFFICIENCY
     if wanted.measure:
-        rate = peak_rate_here()
-        gpu, efficiency = gpu._replace(flops=rate, source="measured here, matrix products"), 1.0
+        gpu, efficiency = measured_here(gpu), 1.0
     memory = memory_of(setup)
     work = Work(gpu, link, lengths.mean, efficiency)
     speed = speed_of(setup, memory.sizes, *work)
@@ -76,14 +75,11 @@ def plan(source: str, *, name: str = "config.py", **options: Any) -> int:
     return 0 if fits else EXIT_DOES_NOT_FIT
 
 
-def peak_rate_here() -> float:
-    """FLOP/s of matrix products on this machine's GPU, else its CPU."""
-    from tuner.engine.machine import measured_rate
-
+def measured_here(gpu: Gpu) -> Gpu:
+    """With the rates of this machine's GPU, else its CPU: of matrix products, in FLOP/s, and of its memory, in bytes/s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        return peak_rate(device).flops
-    return measured_rate(device, torch.bfloat16)
+    flops = measured_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return gpu._replace(flops=flops, bandwidth=measured_bandwidth(device), source="products and copies measured here")
 
 
 def described(setup: Setup) -> str:
@@ -115,9 +111,9 @@ def speed_lines(setup: Setup, speed: Speed, work: Work, link: str, price: float 
     money = "" if price is None else f", {hours * price:.3g} at {price:g} an hour"
     return [
         f"  tokens {speed.num_tokens:,.0f}; FLOPs needed {speed.model_flops:.3g}, computed {speed.hardware_flops:.3g}",
-        f"  computing {speed.compute_seconds:.2f} s ({gpu.flops / 1e12:.0f} TFLOP/s by {gpu.source}, of which "
+        f"  computing {speed.compute_seconds:.2f} s ({gpu.flops / 1e12:.3g} TFLOP/s by {gpu.source}, of which "
         f"{work.efficiency:.0%} are taken to be reached), optimizer {speed.optimizer_seconds:.2f} s "
-        f"({gpu.bandwidth / 1e12:.2f} TB/s)",
+        f"({gpu.bandwidth / 1e12:.3g} TB/s)",
         f"  links {speed.link_seconds:.2f} s beside it ({link}, {work.link / 1e9:g} GB/s; "
         f"{speed.sent / 1e9:.2f} GB a rank)",
         f"  {speed.seconds:.2f} s, {tokens:,.0f} tokens/s, {hours:.3g} GPU hours{money}",
