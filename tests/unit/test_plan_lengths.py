@@ -1,4 +1,4 @@
-"""`tuner plan` counts FLOPs by the documents that are tokenised, and by the rates of this machine where it is asked to."""
+"""`tuner plan` counts FLOPs by the documents that are tokenised, and by this machine's rates where it is asked to."""
 
 import json
 

@@ -76,7 +76,7 @@ def plan(source: str, *, name: str = "config.py", **options: Any) -> int:
 
 
 def measured_here(gpu: Gpu) -> Gpu:
-    """With the rates of this machine's GPU, else its CPU: of matrix products, in FLOP/s, and of its memory, in bytes/s."""
+    """With the rates of this machine's GPU, else its CPU: matrix products in FLOP/s, memory in bytes/s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = measured_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return gpu._replace(flops=flops, bandwidth=measured_bandwidth(device), source="products and copies measured here")
