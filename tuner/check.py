@@ -24,7 +24,7 @@ from tuner.dataset.hub import parse as parse_hub_name
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.rendering import LOSS_ON
 from tuner.dataset.sampler import ENDLESS
-from tuner.dataset.sources import expand, parse_entry
+from tuner.dataset.sources import find_sources, parse_entry
 from tuner.dataset.staged import NEED_MAX_STEPS
 from tuner.dataset.stages import read_stages
 from tuner.dataset.streaming import refuse_weights
@@ -277,16 +277,20 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
 
 def wrong_data_files(nodes: list[Node]) -> list[str]:
     """Data files that are missing, empty or unreadable; those of the demo and the hub are made when they are opened."""
-    return wrong_entries(data_entries(nodes, (build_shards, build_stream, StageShards)))
+    readers = (build_shards, build_stream, StageShards)
+    given = [node.values for node in nodes if node.type in readers and "path" in node.values]
+    return [text for values in given for text in wrong_entries([values["path"]], values.get("data_format"))]
 
 
-def wrong_entries(paths: list[Any]) -> list[str]:
-    """What is wrong with the files that data_path, in a recipe or a stage, names."""
+def wrong_entries(paths: list[Any], data_format: Any) -> list[str]:
+    """What is wrong with the files that data_path, in a recipe or a stage, names for entries of this format."""
     entries = [entry for path in paths for entry in ([path] if isinstance(path, (str, Mapping)) else path)]
     found = complaints(parse_entry, entries)
-    names = [] if found else [name for entry in entries for name in parse_entry(entry).paths]
+    read = [] if found else [parse_entry(entry) for entry in entries]
+    names = {name: entry.data_format or data_format for entry in read for name in entry.paths}
     found += complaints(parse_hub_name, [name for name in names if name.startswith(HUB_PREFIX)])
-    found += complaints(expand, [name for name in names if not name.startswith((PREFIX, HUB_PREFIX))])
+    local = [(name, given) for name, given in names.items() if not name.startswith((PREFIX, HUB_PREFIX))]
+    found += complaints(lambda named: find_sources(*named), local)
     return [f"{problem} data_path names the files to train on." for problem in found]
 
 
@@ -319,7 +323,8 @@ def wrong_stages(parts: Mapping[str, Any]) -> list[str]:
     if not problems:
         ropes = [{"theta": stage.get("rope_theta"), "scaling": stage.get("rope_scaling")} for stage in stages]
         problems += [f"stages[{place}]: {text}" for place, rope in enumerate(ropes) for text in wrong_rope(rope)]
-        problems += wrong_entries([stage["data_path"] for stage in stages if stage.get("data_path") is not None])
+        own = [stage["data_path"] for stage in stages if stage.get("data_path") is not None]
+        problems += wrong_entries(own, loader["dataset"]["shards"].get("data_format"))
     return problems
 
 

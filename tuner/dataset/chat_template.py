@@ -37,13 +37,15 @@ class Segment(NamedTuple):
     """A piece of a conversation that is encoded by itself.
 
     In a special segment the template's own marks are one id each; in any other, whatever it says, nothing is.
-    `weight` is what a trained token of it counts in the loss.
+    `weight` is what a trained token of it counts in the loss. A document that is too long is cut before segments that
+    open a part of it, where it is to be split.
     """
 
     text: str
     trained: bool
     special: bool
     weight: float = 1.0
+    opens_part: bool = False
 
 
 class Piece(NamedTuple):
@@ -86,7 +88,7 @@ def render(
     The segments are the same in text and number of tokens whatever is trained. A document of plain text is trained but
     for its first mark. Raises RowError for what the template has no place for.
     """
-    if isinstance(template, JinjaTemplate) and "text" not in sample:
+    if isinstance(template, JinjaTemplate) and not {"text", "texts"} & sample.keys():
         from tuner.dataset.jinja_template import render_own  # which needs this module
 
         return render_own(
@@ -97,8 +99,10 @@ def render(
             add_generation_prompt=add_generation_prompt,
         )
     begin = [Segment(template.begin, False, True)] if template.begin else []
-    if "text" in sample:
-        segments = [*begin, Segment(sample["text"], True, False), Segment(template.text_end, True, True)]
+    if "text" in sample or "texts" in sample:
+        texts = sample["texts"] if "texts" in sample else [sample["text"]]
+        parts_of_it = [Segment(text, True, False, opens_part=place > 0) for place, text in enumerate(texts)]
+        segments = [*begin, *parts_of_it, Segment(template.text_end, True, True)]
     else:
         messages = chosen(sample["messages"], loss_on)
         turns = TURNS[type(template.tools)](messages, sample.get("tools") or [], template)

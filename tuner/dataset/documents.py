@@ -95,7 +95,8 @@ class RowEncoder:
         trained = np.concatenate([np.empty(0, np.bool_), *(document.trained for document in documents)])
         lengths = np.array([len(document.ids) for document in documents], np.int64)
         weights = _weights(documents)
-        cuts, ledger = fit(lengths, trained, self.max_length, self.too_long)
+        borders = [document.borders for document in documents]
+        cuts, ledger = fit(lengths, trained, self.max_length, self.too_long, borders)
         sizes = cuts.ends - cuts.starts
         if sizes.sum() < len(ids):
             kept = np.concatenate([np.empty(0, np.int64), *map(np.arange, cuts.starts, cuts.ends)])
@@ -131,9 +132,21 @@ def _labels(trained: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[n
     return labels
 
 
-def fit(lengths: NDArray[np.int64], trained: NDArray[np.bool_], max_length: int, too_long: str) -> tuple[Cuts, Ledger]:
-    """Cut documents (of `lengths`, their marks end to end in `trained`) to max_length; drop what has no label."""
-    starts, ends, owners = _intervals(lengths, max_length, too_long)
+def fit(
+    lengths: NDArray[np.int64],
+    trained: NDArray[np.bool_],
+    max_length: int,
+    too_long: str,
+    borders: Sequence[Sequence[int]] = (),
+) -> tuple[Cuts, Ledger]:
+    """Cut documents (of `lengths`, their marks end to end in `trained`) to max_length; drop what has no label.
+
+    `borders` are places in each document, in tokens, where it is best split; none where nobody has any.
+    """
+    if too_long == "split" and any(borders):
+        starts, ends, owners = _at_borders(lengths, max_length, borders)
+    else:
+        starts, ends, owners = _intervals(lengths, max_length, too_long)
     before = np.concatenate([[0], np.cumsum(trained)])  # trained tokens before each position
     num_loss_tokens = before[ends] - before[np.minimum(starts + 1, ends)]
     kept = num_loss_tokens > 0
@@ -151,6 +164,31 @@ def fit(lengths: NDArray[np.int64], trained: NDArray[np.bool_], max_length: int,
         trained=int(num_loss_tokens[kept].sum()),
     )
     return Cuts(starts[kept], ends[kept], owners[kept], num_loss_tokens[kept]), ledger
+
+
+def _at_borders(
+    lengths: NDArray[np.int64], max_length: int, borders: Sequence[Sequence[int]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Starts, ends and owners of pieces that end at a border where one is in reach, and are full where none is."""
+    starts: list[int] = []
+    ends: list[int] = []
+    owners: list[int] = []
+    first = 0
+    for owner, (length, own) in enumerate(zip(lengths.tolist(), borders)):
+        start = border = 0
+        for edge in (*own, length):
+            if edge - start > max_length and border > start:
+                starts.append(first + start)
+                start = border
+            while edge - start > max_length:
+                starts.append(first + start)
+                start += max_length
+            border = edge
+        starts.append(first + start)
+        first += length
+        ends += [*starts[len(ends) + 1 :], first]
+        owners += [owner] * (len(ends) - len(owners))
+    return np.array(starts, np.int64), np.array(ends, np.int64), np.array(owners, np.int64)
 
 
 def _count(lengths: NDArray[np.int64]) -> Count:

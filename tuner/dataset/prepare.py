@@ -1,6 +1,7 @@
 """Data files -> shards, each made once and opened at once ever after; the ledger is printed."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from tuner.dataset.mixture import Share
 from tuner.dataset.read import Chunk, file_kind, read_chunks
 from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
 from tuner.dataset.rendering import LOSS_ON, Rendering
+from tuner.dataset.repository.listing import told
 from tuner.dataset.sample_encoder import SampleEncoder
 from tuner.dataset.shards import FORMAT_VERSION, Shards, ShardWriter, is_whole
 from tuner.dataset.sources import (
@@ -85,7 +87,7 @@ def choose_preparations(
     """The files, and how those of each format become shards; arguments and errors are those of `build_shards`."""
     rendering = Rendering(chat_template) if isinstance(chat_template, str) else chat_template
     _check_settings(data_format, rendering, max_length, too_long, on_bad_row)
-    sources = find_sources(path)
+    sources = find_sources(path, data_format)
     samples = SampleEncoder.from_tokenizer(tokenizer, rendering)
     directory = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "shards"
     preparations = []
@@ -133,6 +135,7 @@ class Preparation:
             directories.append(directory)
             if not is_whole(directory):
                 missing[file] = _Missing(directory, ingredients, seen)
+        told_trees([read_record(record_path(self.cache_dir, file)) for file in files if file.is_dir()])
         if missing:
             self._make(missing, tell)
         for file, directory in zip(files, directories):
@@ -173,7 +176,7 @@ class Preparation:
         return ingredients
 
     def _make(self, missing: dict[Path, _Missing], tell: Callable[[str], None]) -> None:
-        size = sum(file.stat().st_size for file in missing)
+        size = sum(shard.seen.size for shard in missing.values())
         num_workers = min(self.num_workers, -(-size // max(1, SMALL_BYTES)))
         if num_workers > 1 and not travels(self.rows, "Tokenising"):
             num_workers = 1
@@ -210,6 +213,16 @@ def _write(
         writer.close(ledger, shard.ingredients)
     finally:
         writer.abandon()
+
+
+def told_trees(records: list[dict[str, Any]]) -> None:
+    """Say how many files of source trees are read, how many are left out and why, from the records of the trees."""
+    if not records:
+        return
+    left_out: Counter[str] = sum((Counter(record.get("left_out")) for record in records), Counter())
+    read = sum(record.get("num_files", 0) for record in records)
+    others = f"; left out are {told(left_out)}" if left_out else ""
+    print(f"source trees: {len(records):,}, of which {read:,} files are read{others}", flush=True)
 
 
 def bad_row_error(file: Path, chunk: EncodedChunk) -> UserError:

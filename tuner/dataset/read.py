@@ -12,6 +12,8 @@ from tuner.dataset.reading.lines import read_lines, read_text
 from tuner.dataset.reading.rows import SIGNATURE_BYTES, Reader, Row, check_signature
 from tuner.dataset.reading.stamps import check_unchanged, stamp
 from tuner.dataset.reading.token_pairs import read_token_pairs
+from tuner.dataset.repository.listing import KIND as TREE
+from tuner.dataset.repository.trees import read_tree
 from tuner.errors import UserError
 
 __all__ = ["BEGIN", "READERS", "Chunk", "Place", "Row", "file_kind", "read_chunks"]
@@ -73,7 +75,9 @@ def read_chunks(path: Path, after: Place = BEGIN) -> Iterator[Chunk]:
 
 
 def file_kind(path: Path) -> str:
-    """The key in READERS that a file's ending asks for, that of a compression aside."""
+    """The key in READERS that a file's ending asks for, that of a compression aside; TREE for a directory."""
+    if path.is_dir():
+        return TREE
     compressed = compression.ending(path)
     kind = (path.with_suffix("") if compressed else path).suffix.lower()
     if kind not in READERS:
@@ -87,6 +91,10 @@ def file_kind(path: Path) -> str:
 
 
 def _read(path: Path, kind: str, after: Place) -> Iterator[Chunk]:
+    if kind == TREE:
+        for row, position in islice(read_tree(path), after.num_rows, None):
+            yield Chunk([row], position)
+        return
     empty = after == BEGIN
     try:
         with open(path, "rb") as raw, compression.opened(raw, path) as stream:

@@ -14,6 +14,8 @@ from tuner.dataset import hub
 from tuner.dataset.cache import hash_file
 from tuner.dataset.read import file_kind
 from tuner.dataset.reading.stamps import Stamp, check_unchanged, stamp
+from tuner.dataset.repository.listing import KIND as TREE
+from tuner.dataset.repository.trees import tree_digest
 from tuner.demo.files import resolve
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean
@@ -47,18 +49,22 @@ def expand(path: DataPath) -> list[Path]:
     return [file for source in find_sources(path) for file in source.files]
 
 
-def find_sources(path: DataPath) -> list[Source]:
+def find_sources(path: DataPath, data_format: object = None) -> list[Source]:
     """Entries of data_path -> sources: paths, globs (sorted), `demo:` and `hub:` names, or dicts of ENTRY_KEYS.
 
+    Where the data_format is "repository", an entry's own or else this, a path may be a directory, and a pattern names
+    the directories that match it, if some do.
     Raises UserError for what is missing, empty, unknown or named twice, and for weights that cannot be shares.
     """
     entries = [path] if isinstance(path, str | Mapping) else list(path)
     if not entries:
         raise UserError("data_path is an empty list. Give at least one file.")
-    sources = [
-        Source(name, weight, [file for pattern in patterns for file in _expand_one(pattern)], data_format)
-        for name, patterns, weight, data_format in map(parse_entry, entries)
-    ]
+    sources, trees = [], set()
+    for name, patterns, weight, own in map(parse_entry, entries):
+        are_trees = (own or data_format) == TREE
+        files = [file for pattern in patterns for file in _expand_one(pattern, are_trees=are_trees)]
+        sources.append(Source(name, weight, files, own))
+        trees.update(files if are_trees else [])
     unweighted = [source.name for source in sources if source.weight is None]
     if unweighted and len(unweighted) < len(sources):
         raise UserError(
@@ -71,7 +77,7 @@ def find_sources(path: DataPath) -> list[Source]:
         raise UserError(f"data_path names these files more than once: {', '.join(twice)}. Name each file once.")
     for file in files:
         try:
-            _check(file)
+            _check(file, may_be_tree=file in trees)
         except OSError as error:  # a name too long, a directory that may not be entered
             raise UserError(f"{str(file)[:200]} cannot be looked at: {error.strerror}. Check the path.") from error
     return sources
@@ -101,13 +107,17 @@ def parse_entry(entry: object) -> Entry:
 
 
 def content_digest(path: Path, record: dict[str, Any]) -> str:
-    """sha256 of a file's bytes; out of `record` (see `read_record`) if the file is as it was then."""
+    """sha256 of a file's bytes, or of a tree's; out of `record` (see `read_record`) if all is as it was then."""
     before = stamp(path)
     if record.get("stamp") == list(before):
         return str(record["sha256"])
     record.clear()
     began = time.time()
-    digest = hash_file(path)
+    if path.is_dir():
+        digest, num_files, left_out = tree_digest(path)
+        record.update(num_files=num_files, left_out=left_out)
+    else:
+        digest = hash_file(path)
     check_unchanged(path, before)
     if is_settled(before, began):
         record.update(stamp=list(before), sha256=digest)
@@ -141,7 +151,7 @@ def write_record(file: Path, record: dict[str, Any]) -> None:
     temporary.replace(file)
 
 
-def _expand_one(pattern: str) -> list[Path]:
+def _expand_one(pattern: str, *, are_trees: bool) -> list[Path]:
     if pattern.startswith(hub.PREFIX):
         return [hub.fetch(pattern)]
     if not pattern or "://" in pattern:
@@ -149,15 +159,22 @@ def _expand_one(pattern: str) -> list[Path]:
     name = os.path.expanduser(resolve(pattern))
     if os.path.exists(name) or not glob.has_magic(name):
         return [Path(name)]
-    found = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
+    matches = glob.glob(name, recursive=True)
+    found = sorted(Path(match) for match in matches if are_trees and os.path.isdir(match))
+    found = found or sorted(Path(match) for match in matches if os.path.isfile(match))
     if not found:
         raise UserError(f"No file matches {pattern!r}. Check the pattern and the directory {os.getcwd()}.")
     return found
 
 
-def _check(file: Path) -> None:
+def _check(file: Path, *, may_be_tree: bool) -> None:
+    if file.is_dir() and may_be_tree:
+        return
     if file.is_dir():
-        raise UserError(f'{file} is a directory. Name its files, for example "{file / "*.jsonl"}".')
+        raise UserError(
+            f'{file} is a directory. Name its files, for example "{file / "*.jsonl"}"; a tree of source code is read '
+            f'with data_format = "{TREE}".'
+        )
     if file.is_symlink() and not file.exists():
         raise UserError(f"{file} is a link to {os.readlink(file)}, which is not there. Mend the link.")
     if not file.exists():

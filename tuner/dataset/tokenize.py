@@ -24,12 +24,14 @@ CODE_VERSION = 2  # raise it when the same rows, tokenizer and template give oth
 class Document(NamedTuple):
     """Token ids (tokens,) uint32 and whether each is trained (tokens,) bool.
 
-    `weights` (tokens,) float32 is what each trained token weighs in the loss, None where all of them weigh 1.
+    `weights` (tokens,) float32 is what each trained token weighs in the loss, None where all of them weigh 1; `borders`
+    are places in it, in tokens, where it is best cut.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     weights: np.ndarray | None = None
+    borders: tuple[int, ...] = ()
 
 
 class Fingerprint(NamedTuple):
@@ -138,6 +140,13 @@ class Encoder:
         ends = np.concatenate([[0], lengths.cumsum()])  # of segments, in tokens
         edges = [int(ends[num_segments]) for num_segments in accumulate(map(len, samples), initial=0)]
         documents = [Document(ids[start:end], trained[start:end]) for start, end in pairwise(edges)]
+        opened = [int(ends[place]) for place, segment in enumerate(segments) if segment.opens_part]
+        if opened:
+            owned = np.searchsorted(opened, edges)
+            documents = [
+                document._replace(borders=tuple(place - edge for place in opened[first:last]))
+                for document, edge, (first, last) in zip(documents, edges, pairwise(owned))
+            ]
         weights = np.array([segment.weight for segment in segments], np.float32)
         if (weights == 1).all():
             return documents
@@ -173,7 +182,8 @@ class Encoder:
 
 
 def _go_together(before: Segment, now: Segment) -> bool:
-    return not now.special and before.trained == now.trained and before.weight == now.weight
+    alike = before.trained == now.trained and before.weight == now.weight
+    return alike and not now.special and not now.opens_part
 
 
 def special_tokens(tokenizer: FastTokenizer) -> dict[str, bool]:

@@ -227,7 +227,7 @@ class WindowMaker:
             return
         self._tokenising.close()
         rows = self._preparation.rows
-        size = sum(file.stat().st_size for file in self._files)
+        size = sum(stamp(file).size for file in self._files)
         num_workers = min(MOST_WORKERS, self._preparation.num_workers, -(-size // max(1, SMALL_BYTES)))
         if num_workers > 1 and not travels(rows, "Tokenising"):
             num_workers = 1

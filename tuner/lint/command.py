@@ -15,6 +15,7 @@ from tuner.dataset.formats import FORMATS
 from tuner.dataset.formats.detection import AUTO
 from tuner.dataset.formats.known import UNTRAINED
 from tuner.dataset.read import Chunk, read_chunks
+from tuner.dataset.reading.stamps import stamp
 from tuner.dataset.rendering import Rendering
 from tuner.dataset.sample_encoder import SampleEncoder
 from tuner.dataset.sources import find_sources
@@ -63,7 +64,7 @@ def lint(
         target = target._replace(bound=target.bound._replace(max_length=max_length))
     if max_length is not None and target.tokenizer is None:
         raise UserError(f"--max-length {max_length} counts tokens, which needs a tokenizer: --model DIR.")
-    grouped = files_by_format(target.data_format, find_sources(target.path))
+    grouped = files_by_format(target.data_format, find_sources(target.path, target.data_format))
     linters = [(row_linter(target, data_format), files) for data_format, files in grouped.items()]
     with ExitStack() as stack:
         report = Report(limit, stack.enter_context(open_new(json_file)) if json_file else None)
@@ -163,7 +164,7 @@ def check_files(linters: Sequence[tuple[RowLinter, Sequence[Path]]], report: Rep
 
 def check_rows(linters: Sequence[tuple[RowLinter, Sequence[Path]]], report: Report) -> Iterator[tuple[Path, Facts]]:
     """Put what is found in single rows into the report; the facts of each chunk, with its file."""
-    size = sum(file.stat().st_size for _, files in linters for file in files)
+    size = sum(stamp(file).size for _, files in linters for file in files)
     num_open = 0
     with tqdm(total=size, unit="B", unit_scale=True, desc="checking", mininterval=progress_interval()) as bar:
         for file, linted in chain.from_iterable(starmap(partial(linted_chunks, report, bar), linters)):
@@ -175,7 +176,7 @@ def check_rows(linters: Sequence[tuple[RowLinter, Sequence[Path]]], report: Repo
 
 def linted_chunks(report: Report, bar: Any, linter: RowLinter, files: Sequence[Path]) -> Iterator[tuple[Path, Linted]]:
     """The chunks of some files, checked on as many processes as they are worth."""
-    size = sum(file.stat().st_size for file in files)
+    size = sum(stamp(file).size for file in files)
     num_workers = num_cores() if size > SMALL_BYTES and travels(linter, "Checking") else 1
     with Workers(linter, num_workers=num_workers) as workers:
         for file in files:

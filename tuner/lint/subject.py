@@ -112,6 +112,8 @@ def from_sample(sample: Mapping[str, Any], raw: str = "", size: Size | None = No
         return replace(from_sample(sample["chosen"], raw, size), rest=dump(sample["rejected"]))
     if "ids" in sample:
         return Subject(raw=raw, size=size or size_of([bool(mark) for mark in sample["trained"]]))
+    if "texts" in sample:
+        return Subject(document="".join(sample["texts"]), raw=raw, size=size)
     if isinstance(sample.get("text"), str):
         return Subject(document=sample["text"], raw=raw, size=size)
     return Subject(readable_messages(sample.get("messages")), readable_tools(sample.get("tools")), raw=raw, size=size)

@@ -57,7 +57,7 @@ def _whole(
 ) -> Iterator[tuple[DocumentView, list[int]]]:
     """Each document with the ids that a row on its line gives, of any length; each file in its own format."""
     with redirect_stdout(io.StringIO()):  # what is found out of formats has been said before
-        by_format = files_by_format(node["data_format"], find_sources(node["path"]))
+        by_format = files_by_format(node["data_format"], find_sources(node["path"], node["data_format"]))
     for data_format, files in by_format.items():
         names = set(map(str, files))
         found = list(_rows_of(document for document in documents if document.source.rpartition(":")[0] in names))

@@ -172,6 +172,7 @@ SIGNS: dict[str, Sign] = {
         "a question and its answer",
     ),
     "text": Sign(lambda row: isinstance(row.get("text"), str), "'text'"),
+    "repository": Sign(lambda row: _are(row, "files", "path", "text"), "'files' with paths and texts"),
     "tokens": Sign(lambda row: "tokens" in row or "input_ids" in row, "token ids"),
     "xtuner": Sign(
         lambda row: _are(row, "conversation", "output"), "'conversation' of turns with 'input' and 'output'"

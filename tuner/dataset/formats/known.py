@@ -10,6 +10,7 @@ from tuner.dataset.formats.instructions import ALPACA_EXAMPLE, QA_EXAMPLE, alpac
 from tuner.dataset.formats.openai_messages import OPENAI_EXAMPLE, openai
 from tuner.dataset.formats.plain_text import TEXT_EXAMPLE, text
 from tuner.dataset.formats.preferences import PREFERENCE_EXAMPLE, preference
+from tuner.dataset.formats.repositories import REPOSITORY_EXAMPLE, repository
 from tuner.dataset.formats.role_turns import (
     FTDP_EXAMPLE,
     INTERPRETER_EXAMPLE,
@@ -29,6 +30,7 @@ FORMATS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "alpaca": alpaca,
     "qa": qa,
     "text": text,
+    "repository": repository,
     "xtuner": xtuner,
     "ftdp": ftdp,
     "lagent": lagent,
@@ -46,6 +48,7 @@ EXAMPLES: dict[str, Row] = {
     "alpaca": ALPACA_EXAMPLE,
     "qa": QA_EXAMPLE,
     "text": TEXT_EXAMPLE,
+    "repository": REPOSITORY_EXAMPLE,
     "xtuner": XTUNER_EXAMPLE,
     "ftdp": FTDP_EXAMPLE,
     "lagent": LAGENT_EXAMPLE,

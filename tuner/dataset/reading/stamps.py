@@ -1,8 +1,10 @@
 """What the file system says of a file, to notice one that changes while it is read."""
 
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
+from tuner.dataset.repository.listing import tree_state
 from tuner.errors import UserError
 
 
@@ -16,8 +18,10 @@ class Stamp(NamedTuple):
 
 
 def stamp(path: Path) -> Stamp:
-    """The present state of a file."""
+    """The present state of a file, or of all that is read of a directory."""
     status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        return Stamp(*tree_state(path))
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
