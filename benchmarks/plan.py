@@ -36,7 +36,8 @@ class Case(NamedTuple):
     sizes: Mapping[str, int] = {}
     num_tokens: int = NUM_TOKENS
     num_accumulation_steps: int = 1
-    rank_of_lora: int = 0
+    lora: Mapping[str, Any] | None = None
+    in_backward: bool = False
     loss: Any = "chunked"
 
 
@@ -49,14 +50,25 @@ CASES = (
     Case("bf16", 1, BF16),
     Case("fp32, 8 wider layers, 2 micro-batches", 1, FP32, AGAIN, {"hidden_size": 384, "num_hidden_layers": 8},
          num_accumulation_steps=2),
-    Case("fp32, LoRA of rank 8", 1, FP32, rank_of_lora=8),
+    Case("fp32, all but attention again", 1, FP32, {"gradient_checkpointing": "attention"}, num_tokens=4096),
+    Case("fp32, every 2nd layer again", 1, FP32, {"gradient_checkpointing": 2}, num_tokens=4096),
+    Case("fp32, optimizer in backward", 1, FP32, in_backward=True),
+    Case("fp32, LoRA of rank 8", 1, FP32, lora={"rank": 8}),
+    Case("bf16, LoRA of rank 8, checkpointing", 1, BF16, AGAIN, lora={"rank": 8}),
+    Case("bf16, DoRA of rank 8, checkpointing", 1, BF16, AGAIN, lora={"rank": 8, "variant": "dora"}),
+    Case("bf16, QLoRA of rank 8, checkpointing", 1, BF16, AGAIN, lora={"rank": 8, "quantise": "nf4"}),
+    Case("bf16, LoRA and a trained head", 1, BF16, lora={"rank": 8, "modules_to_save": ["output"]}),
     Case("2 ranks, DDP", 2, FP32, num_tokens=512),
     Case("2 ranks, DDP, sp 2", 2, {**FP32, "sequence_parallel_size": 2}),
+    Case("2 ranks, DDP, ring 2", 2, {**FP32, "sequence_parallel_size": {"ring": 2}}),
     Case("2 ranks, zero1", 2, {**FP32, "deepspeed": "zero1"}, AGAIN),
     Case("2 ranks, zero2, bf16", 2, {**BF16, "deepspeed": "zero2"}, AGAIN),
     Case("2 ranks, zero3", 2, {**FP32, "deepspeed": "zero3"}, AGAIN),
     Case("2 ranks, zero3, bf16, sp 2", 2, {**BF16, "deepspeed": "zero3", "sequence_parallel_size": 2}, AGAIN),
+    Case("2 ranks, zero3, bf16", 2, {**BF16, "deepspeed": "zero3"}, AGAIN),
+    Case("2 ranks, zero3_hpz of 2, bf16", 2, {**BF16, "deepspeed": "zero3_hpz", "hpz_partition_size": 2}, AGAIN),
     Case("2 ranks, FSDP2", 2, {**FP32, "fsdp": "full"}, AGAIN),
+    Case("2 ranks, FSDP2, optimizer in backward", 2, {**FP32, "fsdp": "full"}, AGAIN, in_backward=True),
 )  # fmt: skip
 
 
@@ -128,7 +140,7 @@ def start(case: Case, directory: str, rank: int, size: int) -> Any:
 
     strategy = build_strategy(device="cpu", **case.strategy)
     strategy.place(World(rank, size, rank, size), build_mesh(strategy.degrees))
-    adapter = LoRA(rank=case.rank_of_lora) if case.rank_of_lora else None
+    adapter = LoRA(**case.lora) if case.lora else None
     llm = build_llm(
         directory,
         weights="random",
@@ -141,7 +153,8 @@ def start(case: Case, directory: str, rank: int, size: int) -> Any:
     if strategy.degrees.size > 1:
         method.cut_sequences(strategy.mesh)
     schedule = WarmupCosine(warmup_ratio=0, min_lr_ratio=1)
-    wrapper = {"optimizer": {"type": AdamW, "lr": 1e-3}, "clip_grad": {"max_norm": 1.0}}
+    wrapper = {"optimizer": {"type": AdamW, "lr": 1e-3}, "in_backward": case.in_backward}
+    wrapper |= {} if case.in_backward else {"clip_grad": {"max_norm": 1.0}}
     strategy.prepare(method, optim_wrapper=wrapper, param_scheduler=schedule, num_steps=10)
     return strategy
 
@@ -190,7 +203,9 @@ def predict(case: Case) -> Any:
             checkpointing=llm.get("gradient_checkpointing", False),
             tile_tokens=llm.get("tile_tokens"),
             num_accumulation_steps=case.num_accumulation_steps,
-            lora=LoRA(rank=case.rank_of_lora) if case.rank_of_lora else None,
+            lora=LoRA(**case.lora) if case.lora else None,
+            in_backward=case.in_backward,
+            hpz_size=strategy.get("hpz_partition_size"),
             loss=case.loss,
             on_cpu=True,
         )
