@@ -89,7 +89,7 @@ def test_a_pack_is_cut_to_the_first_trained_tokens_of_some_documents():
     assert found["num_loss_tokens"] == 7.0
     assert len(edges) - 2 == NUM_DOCUMENTS, "and one of padding"
     for number, (start, end) in enumerate(islice(pairwise(edges), NUM_DOCUMENTS)):
-        ids, trained, _ = documents[number]
+        ids, trained = documents[number].ids, documents[number].trained
         begin = max(0, min(len(ids) // 2 - 1 - LENGTH // 4, len(ids) - LENGTH))
         expected = torch.from_numpy(ids[begin : begin + LENGTH])
         assert torch.equal(found["input_ids"][0, start:end], expected)

@@ -54,7 +54,7 @@ def test_what_cannot_fit_is_refused_with_a_change_that_makes_it_fit(config_of, c
     assert [word for word in ("GPU has", "activations kept", "--force", "tuner plan") if word not in told] == []
     line = told.partition("change that helps: ")[2].partition(", which needs")[0]
     changed = dict(word.split("=", 1) for word in shlex.split(line))
-    assert len(changed) == 1
+    assert len(set(changed) - {"num_accumulation_steps"}) == 1, "beside what keeps a step the same"
     refuse(config_of(changed), small, ranks, force=False)
     with pytest.raises(UserError, match=NO_REMEDY):
         refuse(config, gpu._replace(memory=GIB), ranks, force=False)  # what CUDA itself takes

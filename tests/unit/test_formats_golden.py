@@ -207,6 +207,25 @@ GOLDEN: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         f"<|im_start|>system\nS{END}{USER}a{END}{ASSISTANT}b{END}",
     ),
     "text": ("text", {"text": " \n白日"}, {"text": " \n白日"}, " \n白日</s>"),
+    "repository: what is imported first, README before code, a fence longer than those inside": (
+        "repository",
+        {
+            "files": [
+                {"path": "b.py", "text": "import a\n"},
+                {"path": "a.py", "text": "X = 1"},
+                {"path": "README.md", "text": "```\nb\n```\n"},
+            ]
+        },
+        {
+            "texts": [
+                "README.md\n````markdown\n```\nb\n```\n````\n\n",
+                "a.py\n```python\nX = 1\n```\n\n",
+                "b.py\n```python\nimport a\n```\n\n",
+            ]
+        },
+        "README.md\n````markdown\n```\nb\n```\n````\n\na.py\n```python\nX = 1\n```\n\n"
+        "b.py\n```python\nimport a\n```\n\n</s>",
+    ),
     "xtuner: two exchanges, one without loss": (
         "xtuner",
         {

@@ -413,6 +413,26 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
         {"question": "a", "answer": 42},
         "Expected 'answer' of the row to be a str, got int 42.",
     ),
+    "repository: no files": (
+        "repository",
+        {"path": "a.py", "text": "x"},
+        "Expected 'files' in the row, which has ['path', 'text'].",
+    ),
+    "repository: text of a file": (
+        "repository",
+        {"files": [{"path": "a.py", "text": 1}]},
+        "Expected 'text' of file 0 to be a str, got int 1.",
+    ),
+    "repository: line end in a path": (
+        "repository",
+        {"files": [{"path": "a\n.py", "text": ""}]},
+        "Expected 'path' of file 0 to be a path, got str 'a\\n.py'.",
+    ),
+    "repository: a path twice": (
+        "repository",
+        {"files": [{"path": "a.py", "text": ""}, {"path": "a.py", "text": ""}]},
+        "Expected 'path' of file 1 to be no other file's, got str 'a.py'.",
+    ),
     "text: list": (
         "text",
         {"text": ["a"]},

@@ -6,6 +6,7 @@ import pytest
 
 from tuner.cli import run
 from tuner.config import loads, render
+from tuner.dataset import sources
 from tuner.demo.dialogues import dialogues
 from tuner.demo.files import resolve
 from tuner.engine.assemble import Assembly
@@ -15,7 +16,8 @@ PRESET = "internlm2_tiny-sft_full"
 
 
 @pytest.fixture
-def settings(tmp_path) -> dict[str, object]:
+def settings(tmp_path, monkeypatch) -> dict[str, object]:
+    monkeypatch.setattr(sources, "SETTLED_SECONDS", 0.0)  # a younger file's stamp is not trusted, and none is kept
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dialogues(40, "train", 3))
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
     model = resolve("demo:model")
