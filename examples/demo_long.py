@@ -30,8 +30,8 @@ NEEDED_SHARE = 0.90  # of the needles of every cell, after the last stage
 POOR_SHARE = 0.50  # of all needles beyond 512 tokens, before it: at most
 
 SHORT_LENGTH, LONG_LENGTH = 512, 4096
-NUM_STEPS = (600, 800, 200)  # of each stage
-STEP_TOKENS = (2048, 2048, 8192)
+NUM_STEPS = (600, 800, 300)  # of each stage
+STEP_TOKENS = (2048, 4096, 8192)
 LONG_BASE = 1e5  # of the rotary embedding in the last stage; 1e4 before
 
 
@@ -90,10 +90,11 @@ def write_data(data: Path, seed: int) -> None:
 def settings(data: Path, seed: int) -> list[str]:
     """What replaces the preset's settings."""
     num_tokens = [steps * tokens for steps, tokens in zip(NUM_STEPS, STEP_TOKENS)]
-    short, long = str(data / "short.jsonl"), str(data / "long.jsonl")
+    copies, short, long = (str(data / f"{name}.jsonl") for name in ("copies", "short", "long"))
     stages: list[dict[str, object]] = [
-        {"max_length": SHORT_LENGTH, "data_path": str(data / "copies.jsonl")},
-        {"max_length": SHORT_LENGTH, "data_path": short},
+        {"max_length": SHORT_LENGTH, "data_path": copies},
+        # without copies among the facts some seeds had unlearned to copy before they learned to look up
+        {"max_length": SHORT_LENGTH, "data_path": [{"path": short, "weight": 3}, {"path": copies, "weight": 1}]},
         {
             "max_length": LONG_LENGTH,
             "data_path": [short, long],
@@ -110,7 +111,7 @@ def settings(data: Path, seed: int) -> list[str]:
         "stages": stages,
         "max_length": LONG_LENGTH,
         "max_steps": sum(NUM_STEPS),
-        "lr": 5e-3,
+        "lr": 3e-3,
         "min_lr_ratio": 0.15,
         "warmup_ratio": 0.025,
         "betas": (0.9, 0.98),
