@@ -30,7 +30,7 @@ NEEDED_SHARE = 0.90  # of the needles of every cell, after the last stage
 POOR_SHARE = 0.50  # of all needles beyond 512 tokens, before it: at most
 
 SHORT_LENGTH, LONG_LENGTH = 512, 4096
-NUM_STEPS = (600, 800, 300)  # of each stage
+NUM_STEPS = (600, 800, 450)  # of each stage
 STEP_TOKENS = (2048, 4096, 8192)
 LONG_BASE = 1e5  # of the rotary embedding in the last stage; 1e4 before
 

@@ -160,10 +160,11 @@ def test_any_other_setting_makes_another_shard_and_says_why(tmp_path, make, caps
     make(path)
     assert "changed" not in capsys.readouterr().out
     make(path, **changes)
-    assert f"changed since the last run: {reason}" in capsys.readouterr().out
+    assert f"tokenised again; since the time before has changed: {reason}" in capsys.readouterr().out
     assert len(shard_names(tmp_path)) == 2
     make(path)
     assert len(shard_names(tmp_path)) == 2, "the first one is still there"
+    assert "again" not in capsys.readouterr().out
 
 
 def test_a_users_function_is_known_by_its_text_and_by_what_it_calls(tmp_path, make, monkeypatch):

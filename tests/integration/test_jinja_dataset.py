@@ -62,7 +62,7 @@ def test_a_changed_template_makes_other_shards_and_says_so(data: Path, capsys: p
     tokenizer.chat_template = FAMILIES["generation"].jinja.replace("{% for", "{{ '!' }}{% for", 1)
     capsys.readouterr()
     changed = shards(data, tokenizer, "cache", on_bad_row="skip")
-    assert "changed since the last run: text of the chat template\n" in capsys.readouterr().out
+    assert "tokenised again; since the time before has changed: text of the chat template\n" in capsys.readouterr().out
     assert tokenizer.decode(changed.document(0)[0]).startswith("!")
 
 

@@ -169,6 +169,29 @@ def test_a_length_beyond_the_models_is_a_warning_with_the_remedy(
     assert '"yarn", "factor": 4}, or max_length = 64' in texts[0]
 
 
+def test_each_stage_is_warned_of_by_its_own_length_and_settings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    CONFIGS["internlm2"]().save_pretrained(tmp_path)
+    stages: list[dict[str, Any]] = [
+        {"max_length": 64, "share": 0.4},
+        {"max_length": 128, "share": 0.2},
+        {"max_length": 256, "share": 0.2, "rope_theta": 1e6},
+        {"max_length": 256, "share": 0.1, "rope_scaling": {"rope_type": "linear", "factor": 4}},
+        {"max_length": 256, "share": 0.1, "rope_scaling": {"rope_type": "yarn", "factor": 2}},
+    ]
+    config: dict[str, Any] = {
+        "model": {"llm": {"type": build_llm, "path": str(tmp_path)}},
+        "train_dataloader": {"dataset": {"max_length": LONG}, "stages": stages},
+    }
+    with caplog.at_level(logging.WARNING, logger="tuner"):
+        warn_of_length(config)
+    assert [record.message.split(" that")[0] for record in caplog.records] == [
+        "stages[1]: max_length = 128 is more than the 64 positions",
+        "stages[4]: max_length = 256 is more than the 128 positions",
+    ]
+
+
 def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     def runner(base: float, checkpoint: Path | None = None) -> Any:
         llm = tiny_llm()

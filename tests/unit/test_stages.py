@@ -137,6 +137,14 @@ def test_all_mistakes_of_stages_come_at_once() -> None:
         assert words in text
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), -0.5, True, "1"])
+@pytest.mark.parametrize("key", ["share", "lr_factor", "buckets"])
+def test_a_share_or_a_factor_is_a_finite_number_above_0(key: str, number: object) -> None:
+    value = {8: number} if key == "buckets" else number
+    with pytest.raises(UserError, match=rf"stages\[0\]: {key} = "):
+        read_stages([{"max_length": 8, "share": 1, key: value}])
+
+
 def test_a_bucket_without_documents_is_refused() -> None:
     shards: Any = Lengths([BOOKS])
     with pytest.raises(UserError, match="No document has 1 to 512 tokens"):

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tuner.configs.strategy_rules import complaints, is_here
+from tuner.dataset.stages import read_stages
+from tuner.engine.stages import stage_rope
 from tuner.errors import UserError
 from tuner.model.build import build_llm, read_config
 from tuner.model.rope import Rope, beyond_reach, check_scaling, check_theta, own_rope, replace_rope
@@ -22,23 +24,33 @@ def warn_of_length(config: Mapping[str, Any]) -> None:
 
     Models are looked at whose config.json lies on this disk.
     """
-    dataset = (config.get("train_dataloader") or {}).get("dataset") or {}
-    length = dataset.get("max_length")
+    loader = config.get("train_dataloader") or {}
     given = config.get("rope") or {}
     try:
         paths = list(model_paths(config.get("model")))
     except ImportError:
         return  # preparing data needs none of the model's parts
-    if not isinstance(length, int):
-        return
     for path in paths:
         try:
-            rope = Rope(given.get("theta"), given.get("scaling"), length)
-            text = beyond_reach(replace_rope(own_rope(read_config(path)), rope), length)
+            own = own_rope(read_config(path))
         except UserError:
             continue  # told elsewhere, or a model without rotary embedding
-        if text:
-            logger.warning(text)
+        for name, rope in longest_turns(loader, given):
+            text = beyond_reach(replace_rope(own, rope), rope.length)
+            if text:
+                logger.warning(name + text)
+
+
+def longest_turns(loader: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, Rope]]:
+    """Rotary settings with the length of the longest documents: of each stage, after its name, or of the whole run."""
+    theta, scaling = given.get("theta"), given.get("scaling")
+    length = (loader.get("dataset") or {}).get("max_length")
+    if loader.get("stages") is None:
+        if isinstance(length, int):
+            yield "", Rope(theta, scaling, length)
+        return
+    for place, stage in enumerate(read_stages(loader["stages"])):
+        yield f"stages[{place}]: ", stage_rope(Rope(theta, scaling), stage)
 
 
 def model_paths(node: object) -> Iterator[str]:

@@ -168,8 +168,10 @@ class Preparation:
             **self.settings,
             **self.fixed,
         }
-        if before is not None and before != ingredients:
-            print(f"{file}: changed since the last run: {', '.join(changes(before, ingredients))}")
+        if before is not None and before != ingredients and not is_whole(self.cache_dir / digest(ingredients)):
+            # the time before may have been another stage of the same run
+            what = ", ".join(changes(before, ingredients))
+            print(f"{file}: tokenised again; since the time before has changed: {what}")
         if before != ingredients or read_record(place) != record:
             with writing(place.parent):
                 write_record(place, {**record, "ingredients": ingredients})

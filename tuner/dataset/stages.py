@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from math import inf
 from typing import Any, NamedTuple
 
 from tuner.dataset.sources import DataPath
@@ -73,7 +74,7 @@ def wrong_stage(stage: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} = {value!r}: allowed is a whole number of tokens from {low}.")
     for name in ("share", "lr_factor"):
         if name in stage and not is_positive(stage[name]):
-            problems.append(f"{name} = {stage[name]!r}: allowed is a number above 0.")
+            problems.append(f"{name} = {stage[name]!r}: allowed is a finite number above 0.")
     if stage.get("short_source", SHORT_SOURCE[0]) not in SHORT_SOURCE:
         problems.append(f"short_source = {stage['short_source']!r}: allowed is {' or '.join(SHORT_SOURCE)}.")
     return problems + wrong_buckets(stage.get("buckets"), stage.get("max_length"))
@@ -96,8 +97,8 @@ def wrong_buckets(buckets: object, max_length: object) -> list[str]:
 
 
 def is_positive(value: object) -> bool:
-    """A number above 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    """A finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf
 
 
 def spans(

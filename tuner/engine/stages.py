@@ -5,8 +5,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tuner.dataset.staged import StagedDataset, describe
+from tuner.dataset.stages import Stage
 from tuner.engine.schedule import WarmupCosine
 from tuner.model.rope import Rope, own_rope, replace_rope, set_rope
+
+
+def stage_rope(rope: Rope, stage: Stage) -> Rope:
+    """The rotary settings of a stage: its own where it has some, the run's elsewhere."""
+    theta = rope.theta if stage.rope_theta is None else stage.rope_theta
+    scaling = rope.scaling if stage.rope_scaling is None else stage.rope_scaling
+    return Rope(theta, scaling, stage.max_length)
 
 
 class StagedRope:
@@ -36,10 +44,7 @@ class StagedRope:
 
     def _of(self, place: int) -> Rope:
         assert self._dataset is not None
-        stage = self._dataset.stages[place]
-        theta = self._rope.theta if stage.rope_theta is None else stage.rope_theta
-        scaling = self._rope.scaling if stage.rope_scaling is None else stage.rope_scaling
-        return Rope(theta, scaling, stage.max_length)
+        return stage_rope(self._rope, self._dataset.stages[place])
 
     def base(self) -> float | None:
         """The base in use; None where the run leaves all to the model."""
