@@ -35,22 +35,22 @@ def warn_of_length(config: Mapping[str, Any]) -> None:
             own = own_rope(read_config(path))
         except UserError:
             continue  # told elsewhere, or a model without rotary embedding
-        for name, rope in longest_turns(loader, given):
-            text = beyond_reach(replace_rope(own, rope), rope.length)
+        for name, rope, length in longest_turns(loader, given):
+            text = beyond_reach(replace_rope(own, rope), length)
             if text:
                 logger.warning(name + text)
 
 
-def longest_turns(loader: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, Rope]]:
-    """Rotary settings with the length of the longest documents: of each stage, after its name, or of the whole run."""
+def longest_turns(loader: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, Rope, int]]:
+    """Rotary settings, and the length of the longest documents: of each stage, after its name, or of the whole run."""
     theta, scaling = given.get("theta"), given.get("scaling")
     length = (loader.get("dataset") or {}).get("max_length")
     if loader.get("stages") is None:
         if isinstance(length, int):
-            yield "", Rope(theta, scaling, length)
+            yield "", Rope(theta, scaling, length), length
         return
     for place, stage in enumerate(read_stages(loader["stages"])):
-        yield f"stages[{place}]: ", stage_rope(Rope(theta, scaling), stage)
+        yield f"stages[{place}]: ", stage_rope(Rope(theta, scaling), stage), stage.max_length
 
 
 def model_paths(node: object) -> Iterator[str]:
