@@ -79,6 +79,18 @@ def test_shares_of_the_tokens_are_those_that_were_asked_for() -> None:
     assert names["1.jsonl to 4,096"]["share"] == pytest.approx(0.25, abs=0.01)
 
 
+@pytest.mark.parametrize("num_packs", [16, 100, 900])
+def test_a_short_stage_has_its_shares_too_within_two_packs(num_packs: int) -> None:
+    shards: Any = Lengths([WEB, BOOKS], [3, 7])
+    part = PackedDataset(shards, max_length=4096, seed=0, buckets={512: 0.4, 4096: 0.6}, num_wanted=num_packs)
+    packs = part.packs(0)
+    assert len(packs) > num_packs
+    drawn = packs.documents[: packs.edges[num_packs]]
+    tokens = np.bincount(part.groups_of(drawn), weights=shards.lengths[drawn], minlength=len(part.group_names))
+    missed = tokens - np.array(part.group_shares) * tokens.sum()
+    assert abs(missed).max() < 2 * 4096
+
+
 def test_any_step_is_known_without_those_before_it_and_ranks_share_it() -> None:
     made = staged()
     walked = list(StepSampler(made, num_accumulation_steps=8, max_steps=200))

@@ -45,8 +45,12 @@ class Mixture:
         *,
         seed: int,
         pack: bool,
+        num_wanted: int | None = None,
     ) -> None:
-        """Documents starts[s] to starts[s + 1] (of `lengths` tokens) are of source s and weigh weights[s]."""
+        """Documents starts[s] to starts[s + 1] (of `lengths` tokens) are of source s and weigh weights[s].
+
+        A run that takes no more than `num_wanted` packs, fewer than a block, has the shares in those.
+        """
         self._starts, self._lengths, self._max_length = list(starts), lengths, max_length
         self._seed, self._pack = seed, pack
         self._last: dict[int, tuple[int, Packs]] = {}  # the next epoch goes on in a source's last round
@@ -60,7 +64,8 @@ class Mixture:
         self._rounds = [len(packs) for packs in rounds]
         full = [total * times / size for total, times, size in zip(tokens, self._repeats, self._rounds)]
         self.num_packs = sum(counts)
-        run = RUN if self.num_packs >= BLOCK // 4 else 1
+        few = self.num_packs < BLOCK // 4 or (num_wanted is not None and num_wanted < BLOCK)
+        run = 1 if few else RUN  # packs in a row of like cost are often of one source
         if run > 1:
             self.num_packs = -(-self.num_packs // run) * run  # so that every epoch begins with a run
         shares = [weight / mean for weight, mean in zip(weights, full)]

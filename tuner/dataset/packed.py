@@ -28,6 +28,7 @@ class PackedDataset:
 
     With `pack=False` each document is a batch of its own. Every batch is padded to a multiple of `pad_to_multiple_of`.
     With `buckets` (most tokens of a document -> share of the tokens) documents of each length have their share, too.
+    `num_wanted` are the packs that the run takes, where that is known: shares hold in so many, not in an epoch alone.
     Raises UserError if a document is longer than `max_length`, or if there is none.
     """
 
@@ -40,6 +41,7 @@ class PackedDataset:
         pack: bool = True,
         pad_to_multiple_of: int = 1,
         buckets: Mapping[int, float] | None = None,
+        num_wanted: int | None = None,
     ) -> None:
         if not len(shards):
             raise UserError("There are no documents to pack. Check data_path and the token ledger.")
@@ -52,7 +54,7 @@ class PackedDataset:
         self.max_length, self.seed, self.pack = max_length, seed, pack
         self.pad_to_multiple_of = pad_to_multiple_of
         self._epochs: OrderedDict[int, Packs] = OrderedDict()
-        self._buckets = buckets
+        self._buckets, self._num_wanted = buckets, num_wanted
         self._mixture = self._mixed() if shards.shares or buckets else None
         sizes = self.packs(0).sizes(shards.lengths)
         self.num_packs = len(sizes)
@@ -155,4 +157,5 @@ class PackedDataset:
         """The packs of groups that have shares."""
         order, starts, weights, _ = self._groups
         lengths = self.shards.lengths[order] if self._buckets else self.shards.lengths
-        return Mixture(weights, starts, lengths, self.max_length, seed=self.seed, pack=self.pack)
+        settings = {"seed": self.seed, "pack": self.pack, "num_wanted": self._num_wanted}
+        return Mixture(weights, starts, lengths, self.max_length, **settings)

@@ -80,12 +80,13 @@ class StageDatasets:
             raise UserError(f"max_length = {self.max_length}, but the longest stage has {longest}. Make them the same.")
         make = partial(PackedDataset, pack=self.pack, pad_to_multiple_of=self.pad_to_multiple_of)
         tokens_per_step = packs_per_step * self.max_length
-        spans(read, num_steps, tokens_per_step)  # tells of mistakes before anything is tokenised
+        full = spans(read, num_steps, tokens_per_step)  # tells of mistakes before anything is tokenised
         parts = []
-        for place, stage in enumerate(read):
+        for place, (stage, span) in enumerate(zip(read, full)):
             print(f"stage {place + 1} of {len(read)}, {stage.max_length:,} tokens", flush=True)
             seed = self.seed + (place << 32)  # another order in each; the first has that of a run without stages
-            parts.append(make(self.shards.of(stage), max_length=stage.max_length, seed=seed, buckets=stage.buckets))
+            wanted = {"buckets": stage.buckets, "num_wanted": span.num_steps * span.packs_per_step}
+            parts.append(make(self.shards.of(stage), max_length=stage.max_length, seed=seed, **wanted))
         borders = spans(read, num_steps, tokens_per_step, [part.fill for part in parts])
         for place, (stage, span, part) in enumerate(zip(read, borders, parts)):
             print(f"stage {place + 1} of {len(read)}: {describe(stage, span)}", flush=True)
