@@ -121,6 +121,22 @@ def test_from_any_checkpoint_it_goes_on_bit_for_bit(folder: Path, straight: Path
         assert (checkpoint(work_dir, NUM_STEPS) / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
+def test_files_that_have_moved_go_on_too_and_other_weights_do_not(
+    folder: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("short", "long"):
+        shutil.copy(folder / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
+    moved = stages(tmp_path)
+    start = ["--work-dir", str(tmp_path / "run"), "--resume", str(checkpoint(straight, 6))]
+    assert run(words("train", folder, *start, stages=moved)) == 0
+    assert metrics(tmp_path / "run") == metrics(straight)[6:]
+    moved[0]["data_path"][0]["weight"] = 2
+    start[1] = str(tmp_path / "other")
+    assert run(words("train", folder, *start, stages=moved)) == 2
+    assert "cannot be continued with other data: stages was" in capsys.readouterr().err
+
+
 def test_each_checkpoint_says_the_base_of_its_stage_and_the_converted_model_the_last(
     folder: Path, straight: Path
 ) -> None:

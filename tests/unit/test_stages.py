@@ -107,6 +107,22 @@ def test_any_step_is_known_without_those_before_it_and_ranks_share_it() -> None:
         assert sorted(pack for plan in plans for pack in plan.packs) == sorted(walked[step].packs)
 
 
+def test_ranks_that_a_stage_leaves_without_a_pack_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    made = staged()
+    capsys.readouterr()
+    made.tell_idle(8)
+    assert not capsys.readouterr().out
+    made.tell_idle(3)
+    told = capsys.readouterr().out.splitlines()
+    ranks = [StepSampler(made, num_accumulation_steps=1, max_steps=200, rank=rank, num_ranks=3) for rank in range(3)]
+    for place, (line, span) in enumerate(zip(told, made.spans, strict=True)):
+        batches = [pack for rank in ranks for pack in rank.plan(span.first).packs]
+        empty = batches.count(())
+        assert f"stages[{place}]: {len(batches) - empty} packs a step" in line
+        assert f" {empty} of {len(batches)} micro-batches are empty" in line
+        assert f"tokens_per_step = {len(batches) * made.stages[place].max_length} " in line
+
+
 def test_a_stage_takes_each_document_once_before_any_comes_again() -> None:
     made = staged()
     span = made.spans[0]

@@ -43,6 +43,7 @@ def build_dataloader(
     data: PackedDataset | StreamedDataset | StagedDataset
     if isinstance(dataset, StageDatasets):
         data = dataset.staged(stages or (), max_steps, num_accumulation_steps * num_ranks)
+        data.tell_idle(num_ranks)
     else:
         data = dataset
     sampler = StepSampler(

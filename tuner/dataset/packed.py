@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -157,5 +157,5 @@ class PackedDataset:
         """The packs of groups that have shares."""
         order, starts, weights, _ = self._groups
         lengths = self.shards.lengths[order] if self._buckets else self.shards.lengths
-        settings = {"seed": self.seed, "pack": self.pack, "num_wanted": self._num_wanted}
-        return Mixture(weights, starts, lengths, self.max_length, **settings)
+        make = partial(Mixture, seed=self.seed, pack=self.pack, num_wanted=self._num_wanted)
+        return make(weights, starts, lengths, self.max_length)

@@ -85,8 +85,8 @@ class StageDatasets:
         for place, (stage, span) in enumerate(zip(read, full)):
             print(f"stage {place + 1} of {len(read)}, {stage.max_length:,} tokens", flush=True)
             seed = self.seed + (place << 32)  # another order in each; the first has that of a run without stages
-            wanted = {"buckets": stage.buckets, "num_wanted": span.num_steps * span.packs_per_step}
-            parts.append(make(self.shards.of(stage), max_length=stage.max_length, seed=seed, **wanted))
+            own = partial(make, max_length=stage.max_length, seed=seed, buckets=stage.buckets)
+            parts.append(own(self.shards.of(stage), num_wanted=span.num_steps * span.packs_per_step))
         borders = spans(read, num_steps, tokens_per_step, [part.fill for part in parts])
         for place, (stage, span, part) in enumerate(zip(read, borders, parts)):
             print(f"stage {place + 1} of {len(read)}: {describe(stage, span)}", flush=True)
@@ -135,6 +135,18 @@ class StagedDataset:
     def fingerprint(self, packs: Sequence[Sequence[int] | IntArray]) -> str:
         """Hash over all documents of all stages, and the steps that each has."""
         return hashlib.sha256(json.dumps([self.shards.fingerprint, self.spans]).encode()).hexdigest()
+
+    def tell_idle(self, num_ranks: int) -> None:
+        """Say which stages leave ranks without a pack in some micro-batch, and the remedy; gradients stay right."""
+        for place, (stage, span) in enumerate(zip(self.stages, self.spans)):
+            number = span.packs_per_step
+            if idle := -number % num_ranks:
+                print(
+                    f"  stages[{place}]: {number:,} packs a step do not divide by {num_ranks:,} data-parallel ranks: "
+                    f"{idle:,} of {number + idle:,} micro-batches are empty. Its tokens_per_step = "
+                    f"{(number + idle) * stage.max_length} would fill them.",
+                    flush=True,
+                )
 
     @property
     def sizes(self) -> tuple[IntArray, IntArray]:

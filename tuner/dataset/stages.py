@@ -63,6 +63,24 @@ def read_stages(stages: object) -> list[Stage]:
     return read
 
 
+def without_paths(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Stages as a config writes them but for where their files lie, which their content has to make up for."""
+    return [
+        {**stage, "data_path": [_without_path(entry) for entry in _entries(stage["data_path"])]}
+        if stage.get("data_path") is not None
+        else dict(stage)
+        for stage in stages
+    ]
+
+
+def _entries(path: DataPath) -> Sequence[str | Mapping[str, Any]]:
+    return [path] if isinstance(path, str | Mapping) else path
+
+
+def _without_path(entry: str | Mapping[str, Any]) -> dict[str, Any]:
+    return {} if isinstance(entry, str) else {key: value for key, value in entry.items() if key != "path"}
+
+
 def wrong_stage(stage: Mapping[str, Any]) -> list[str]:
     """What of a stage is none of what is allowed."""
     unknown = [name for name in stage if name not in Stage._fields]

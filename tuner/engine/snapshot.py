@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tuner.dataset.stages import without_paths
 from tuner.engine.checkpoint import Entry, read_manifest
 from tuner.engine.draft import write_file
 from tuner.engine.host_copies import HostCopies
@@ -194,7 +195,7 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def compare_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
     """Other data is an error; whatever else differs and matters is said aloud, and then used."""
-    names = [name for name in sorted({*saved, *current}) if saved.get(name) != current.get(name)]
+    names = [name for name in sorted({*saved, *current}) if placeless(saved, name) != placeless(current, name)]
     changes = {name: f"{name} was {saved.get(name)!r} and is {current.get(name)!r}" for name in names}
     forbidden = [text for name, text in changes.items() if name in DATA_SETTINGS]
     if forbidden:
@@ -205,6 +206,12 @@ def compare_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint:
     for name, text in changes.items():
         if name not in FREE_SETTINGS:
             print(f"warning: resumed with a changed setting, this is no longer the same run: {text}", flush=True)
+
+
+def placeless(settings: dict[str, Any], name: str) -> Any:
+    """A setting as it is compared: of files it is the content that counts, which is compared elsewhere."""
+    value = settings.get(name)
+    return without_paths(value) if name == "stages" and value is not None else value
 
 
 def compare_packs_per_step(saved: int, runner: "Runner", checkpoint: Path) -> None:
