@@ -16,7 +16,8 @@ from tuner.errors import UserError
 AFTER_SHARDS = (
     *("__init__", "build", "cache", "collate", "detection", "joining", "listing"),
     *("packing", "prepare", "sampler", "sources", "workers", "mixture", "contributions", "hub", "token_files"),
-    *("windows", "streaming"),
+    *("windows", "streaming", "ahead", "ordering", "places", "packed", "buckets", "stages", "staged"),
+    *("needles", "needle_file", "needle_grid", "json_schema"),
 )
 
 PLAIN = str | int | float | bool | list | tuple | dict | set | frozenset | None
