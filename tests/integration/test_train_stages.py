@@ -158,6 +158,44 @@ def test_other_stages_are_no_continuation(folder: Path, straight: Path, capsys: 
     assert "would now read other documents" in capsys.readouterr().err
 
 
+def test_books_and_repositories_have_their_shares_of_the_tokens(folder: Path, tmp_path: Path) -> None:
+    books = [
+        json.dumps({"text": f"Chapter {number}. " + "It was a dark night. " * (9 + number)}) for number in range(40)
+    ]
+    (tmp_path / "books.jsonl").write_text("\n".join(books), encoding="utf-8")
+    for number in range(12):
+        module = f"import part{number - 1}\n\n\ndef answer{number}():\n" + "    print('so')\n" * (5 + number)
+        (tmp_path / "tree").mkdir(exist_ok=True)
+        (tmp_path / f"tree/part{number}.py").write_text(module, encoding="utf-8")
+    (tmp_path / "tree/photo.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    weights = {1: (1, 3), 2: (4, 1)}  # of books and of the tree, in each stage
+    asked = [
+        {"max_length": length, "share": 0.5, "data_path": [
+            {"path": str(tmp_path / "books.jsonl"), "weight": books, "data_format": "text"},
+            {"path": str(tmp_path / "tree"), "weight": tree, "data_format": "repository"},
+        ]}
+        for length, (books, tree) in zip((128, 256), weights.values())
+    ]  # fmt: skip
+    start = ["--work-dir", str(tmp_path / "run")]
+    assert run(words("train", folder, *start, stages=asked, max_steps=60, too_long="split", save_interval=60)) == 0
+    ledger = json.loads((tmp_path / "run/ledger.json").read_text())
+    assert (ledger["tree_files"], ledger["left_out"]) == (24, 2), "the tree is read for each stage"
+    config = load(tmp_path / "run/config.py")
+    data = Assembly(config).build(config.train_dataloader)
+    tokens = {(stage, name): 0 for stage in weights for name in ("books.jsonl", "tree")}
+    for step in range(60):
+        stage = data.dataset.place(step) + 1
+        for pack in data.sampler.of_all_ranks(step).packs:
+            for number in pack.tolist():
+                name = Path(data.dataset.shards.source(number).rpartition(":")[0]).name
+                tokens[stage, name] += len(data.dataset.shards.document(number)[0])
+    for stage, (of_books, of_tree) in weights.items():
+        share = tokens[stage, "tree"] / (tokens[stage, "tree"] + tokens[stage, "books.jsonl"])
+        assert share == pytest.approx(of_tree / (of_books + of_tree), abs=0.02)
+        told = {Path(part["name"]).name: part["share"] for part in ledger["stages"][stage - 1]["parts"]}
+        assert told["tree"] == pytest.approx(share)
+
+
 @pytest.mark.slow
 def test_prepare_and_preview_know_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words("prepare", folder)) == 0

@@ -62,6 +62,8 @@ FILES = {
     "blank lines alone": ("a.jsonl", b"\n  \n\r\n", "a.jsonl holds no rows. Expected: at least one"),
     "a byte order mark alone": ("a.jsonl", b"\xef\xbb\xbf", "holds no rows"),
     "ending not known": ("a.xlsx", GOOD, "the ending '.xlsx' is not known. Known: .jsonl"),
+    "an archive": ("a.zip", GOOD, "a.zip is an archive. Unpack it and name what is in it"),
+    "a compressed archive": ("a.tar.gz", GOOD, 'or its directory with data_format = "repository"'),
     "no ending": ("a", GOOD, "the ending '' is not known"),
     "compressed, no ending before": ("a.gz", gzip.compress(GOOD, mtime=0), "the ending '' is not known"),
     "utf-16": ("a.jsonl", "{}\n".encode("utf-16"), "a.jsonl is UTF-16 or UTF-32. Save it as UTF-8"),

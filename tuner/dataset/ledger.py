@@ -26,6 +26,8 @@ class Ledger:
     own document. Every other token that is kept is *masked*; the first token of a document is never a label.
     """
 
+    tree_files: int = 0  # of source trees: files that are read
+    left_out: int = 0  # of source trees: files that are not, being binary, generated, of installed packages, ...
     rows: int = 0  # rows in the files
     skipped: int = 0  # bad rows, written aside
     read: Count = NONE  # documents as encoded, before any cut

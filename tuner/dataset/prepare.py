@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,8 @@ def build_shards(
     files = [file for source in sources for file in source.files]
     shares = [Share(source.name, source.weight, len(source.files)) for source in sources if source.weight is not None]
     shards = Shards([directories[file] for file in files], files, shares)
+    read, left_out = count_trees([record for own, made in preparations for record in made.trees(own)])
+    shards.ledger = replace(shards.ledger, tree_files=read, left_out=left_out.total())
     print(shards.ledger.table(), flush=True)
     if not len(shards):
         why = shards.ledger.why_empty(preparations[0][1].rows.samples.rendering.loss_on)
@@ -135,12 +137,16 @@ class Preparation:
             directories.append(directory)
             if not is_whole(directory):
                 missing[file] = _Missing(directory, ingredients, seen)
-        told_trees([read_record(record_path(self.cache_dir, file)) for file in files if file.is_dir()])
+        tell_trees(self.trees(files))
         if missing:
             self._make(missing, tell)
         for file, directory in zip(files, directories):
             _report_bad_rows(file, directory)
         return dict(zip(files, directories))
+
+    def trees(self, files: list[Path]) -> list[dict[str, Any]]:
+        """What was found out of the files that are source trees."""
+        return [read_record(record_path(self.cache_dir, file)) for file in files if file.is_dir()]
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -217,14 +223,19 @@ def _write(
         writer.abandon()
 
 
-def told_trees(records: list[dict[str, Any]]) -> None:
+def tell_trees(records: list[dict[str, Any]]) -> None:
     """Say how many files of source trees are read, how many are left out and why, from the records of the trees."""
     if not records:
         return
-    left_out: Counter[str] = sum((Counter(record.get("left_out")) for record in records), Counter())
-    read = sum(record.get("num_files", 0) for record in records)
+    read, left_out = count_trees(records)
     others = f"; left out are {told(left_out)}" if left_out else ""
     print(f"source trees: {len(records):,}, of which {read:,} files are read{others}", flush=True)
+
+
+def count_trees(records: list[dict[str, Any]]) -> tuple[int, Counter[str]]:
+    """Files of source trees that are read, and those that are not, by reason."""
+    left_out: Counter[str] = sum((Counter(record.get("left_out")) for record in records), Counter())
+    return sum(record.get("num_files", 0) for record in records), left_out
 
 
 def bad_row_error(file: Path, chunk: EncodedChunk) -> UserError:

@@ -31,6 +31,7 @@ READERS: dict[str, Reader] = {
     ".bin": read_token_pairs,
 }
 NOT_COMPRESSED = (".parquet", ".arrow", ".bin")  # read out of order, or together with another file
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", *(f".tar{ending}" for ending in COMPRESSIONS))
 BY_LINES = (".jsonl", ".ndjson")  # where not compressed, reading goes on at a byte; in others rows are passed over
 
 
@@ -78,6 +79,11 @@ def file_kind(path: Path) -> str:
     """The key in READERS that a file's ending asks for, that of a compression aside; TREE for a directory."""
     if path.is_dir():
         return TREE
+    if path.name.lower().endswith(ARCHIVES):
+        raise UserError(
+            f"{path} is an archive. Unpack it and name what is in it: its data files, or its directory with "
+            f'data_format = "{TREE}" if that is a tree of source code.'
+        )
     compressed = compression.ending(path)
     kind = (path.with_suffix("") if compressed else path).suffix.lower()
     if kind not in READERS:

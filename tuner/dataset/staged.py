@@ -157,7 +157,7 @@ class StagedDataset:
     @property
     def ledger(self) -> Ledger:
         """Where the tokens of all stages went that were read; a file that two stages have is counted in both."""
-        return self.shards.ledger
+        return sum((part.shards.ledger for part in self.parts), Ledger())
 
     @property
     def contributions(self) -> list[dict[str, Any]]:

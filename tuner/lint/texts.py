@@ -18,7 +18,9 @@ PAIRS = {
     **{"[INST]": "[/INST]", "<<SYS>>": "<</SYS>>", "<start_of_turn>": "<end_of_turn>"},
     "<|action_start|>": "<|action_end|>",
 }
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
+CONTROL = re.compile(  # a form feed alone on its line is a page break, common in source code
+    r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufffe\uffff]|(?<!\n)\x0c|\x0c(?!\n)"
+)
 HIDDEN = re.compile(
     r"[\u200b\u2060\ufeff\u00ad\u202a-\u202e\u2066-\u2069]|(?<=[A-Za-z0-9])[\u200c\u200d](?=[A-Za-z0-9])"
 )
