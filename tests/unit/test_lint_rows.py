@@ -102,7 +102,7 @@ FOUND: dict[str, list[dict | Subject]] = {
         talk(PROSE + ". Why?", "因为山里的雪在春天融化，所以河水会上涨。"),
         talk("你好，请问今天的天气怎么样呢？", "Сегодня в городе хорошая погода, светит солнце и тепло."),
     ],
-    "control-character": [answer("Yes\x00."), answer("Yes\x1b[0m."), answer("Yes\u200b."), talk("Hi\u202e", "Yes.")],
+    "control-character": [answer("Yes\x00."), answer("Yes\n\x0cNo"), answer("Yes\u200b."), talk("Hi\u202e", "Yes.")],
     "mojibake": [answer("cafÃ© and creme brÃ»lÃ©e"), answer("It isnâ€™t"), answer("ä½ å¥½"), answer("Yes \ufffd")],
     "over-length": [sized(101, 60, 59), sized(100, 60, 60, said=f"{PROSE} and on its way it passes the hills")],
     "zero-loss": [
@@ -206,6 +206,7 @@ NEAR_MISSES: dict[str, list[dict | Subject]] = {
     ],
     "control-character": [
         answer("a\tb\r\nc"),
+        answer("x = 1\n\x0c\ny = 2"),
         answer("👨\u200d👩\u200d👧 fine"),
         answer("می\u200cخواهم"),
         answer("é ü 中 😀"),
