@@ -163,11 +163,12 @@ OTHER_NAMES = {"max_norm": "max_grad_norm", "rank": "lora_rank", "alpha": "lora_
                "in_backward": "optimizer_in_backward"}  # fmt: skip
 
 
-def check(config: Mapping[str, Any], only: Names = None) -> None:
+def check(config: Mapping[str, Any], only: Names = None, *, here: bool = True) -> None:
     """Raise one UserError that names every mistake in the config; log what works but is odd.
 
     Looks at values, data files and model directories, and imports the types; opens no weights and builds nothing.
-    With `only`, the parts of the config that have no such name are not even imported.
+    With `only`, the parts of the config that have no such name are not even imported. Without `here` the run is for
+    another machine: data, weights and GPUs are not looked for.
     """
     problems: list[str] = []
     parts = dict(readable(config, problems, only))
@@ -179,9 +180,9 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     for node in filter(is_known, nodes):
         values += [(f"{node.path}.{name}", value) for name, value in node.values.items()]
     problems += wrong_values(values)
-    problems += wrong_data_files(nodes)
-    problems += wrong_streams(nodes) + wrong_stages(parts)
-    problems += wrong_models(nodes)
+    problems += wrong_streams(nodes) + wrong_stages(parts, here=here)
+    if here:
+        problems += wrong_data_files(nodes) + wrong_models(nodes)
     problems += complaints(check_together, [node.values for node in nodes if node.type is build_llm])
     known = {node.path: node.values for node in nodes if is_known(node)}
     problems += wrong_deepspeed(known)
@@ -196,7 +197,7 @@ def check(config: Mapping[str, Any], only: Names = None) -> None:
     if problems:
         raise UserError(listed(list(dict.fromkeys(problems))))
     warn_of_length(config)
-    for node in nodes:
+    for node in nodes if here else ():
         warn_of_precision(node.values.get("precision"), torch.cuda.is_available())
 
 
@@ -263,7 +264,8 @@ def wrong_values(values: list[tuple[str, Any]]) -> list[str]:
     for path, value in values:
         name = path.rpartition(".")[2]
         name = OTHER_NAMES.get(name, name)
-        if name in RULES and not RULES[name].holds(value):
+        own_rule = name in RULES and "stages." not in path  # `read_stages` tells of what a stage says itself
+        if own_rule and not RULES[name].holds(value):
             problems.setdefault((name, repr(value)), f"{path} = {value!r}: allowed is {RULES[name].words}.")
         if name == "data_format" and (mistake := mistake_in(value)) is not None:
             problems.setdefault((name, repr(value)), f"{path} = {value!r}: {mistake}")
@@ -309,7 +311,7 @@ def wrong_streams(nodes: list[Node]) -> list[str]:
     return problems + complaints(refuse_weights, [entries])
 
 
-def wrong_stages(parts: Mapping[str, Any]) -> list[str]:
+def wrong_stages(parts: Mapping[str, Any], *, here: bool) -> list[str]:
     """What is wrong with the stages of a run, by themselves and beside its other settings."""
     loader = parts.get("train_dataloader") or {}
     stages = loader.get("stages")
@@ -324,7 +326,7 @@ def wrong_stages(parts: Mapping[str, Any]) -> list[str]:
         ropes = [{"theta": stage.get("rope_theta"), "scaling": stage.get("rope_scaling")} for stage in stages]
         problems += [f"stages[{place}]: {text}" for place, rope in enumerate(ropes) for text in wrong_rope(rope)]
         own = [stage["data_path"] for stage in stages if stage.get("data_path") is not None]
-        problems += wrong_entries(own, loader["dataset"]["shards"].get("data_format"))
+        problems += [] if not here else wrong_entries(own, loader["dataset"]["shards"].get("data_format"))
     return problems
 
 

@@ -223,6 +223,8 @@ def test_prepare_and_preview_know_stages(folder: Path, capsys: pytest.CaptureFix
         ({"stages": [{"max_length": 256, "share": 1, "tokens_per_step": 100}]}, "fewer than a pack"),
         ({"stages": [{"max_length": 256, "share": 1, "rope_theta": -1}]}, "rope_theta = -1"),
         ({"stages": [{"max_length": 256, "share": 1, "data_path": "nowhere.jsonl"}]}, "no data file nowhere.jsonl"),
+        ({"stages": [{"max_length": 256, "share": 1, "data_path": []}]}, "data_path is an empty list"),
+        ({"stages": [{"max_length": 1, "share": 1}]}, "Error: stages[0]: max_length = 1: allowed is a whole number"),
         ({"stages": [{"max_length": 256, "share": 1, "short_source": "stop"}], "max_steps": 999}, "its share takes"),
         ({"max_steps": None}, "max_steps must say how many"),
         ({"max_steps": 2}, "one has none"),

@@ -42,7 +42,8 @@ class StageShards:
 
     def of(self, stage: Stage) -> Shards:
         """What a stage trains. Raises UserError as `build_shards` does."""
-        settings = {**vars(self), "path": stage.data_path or self.path, "max_length": stage.max_length}
+        path = self.path if stage.data_path is None else stage.data_path
+        settings = {**vars(self), "path": path, "max_length": stage.max_length}
         return build_shards(**settings)
 
 
