@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig
 
 from tuner.check import check
 from tuner.cli import run
@@ -25,7 +26,7 @@ from tuner.plan.live import LiveBytes
 from tuner.plan.memory import memory_of
 from tuner.plan.settings import line
 from tuner.plan.setup import Setup
-from tuner.plan.solve import Work, candidates, host_seconds, solve
+from tuner.plan.solve import Work, candidates, solve
 from tuner.plan.speed import speed_of
 
 A100 = GPUS["A100"].memory
@@ -119,6 +120,14 @@ def test_the_command_says_parts_with_their_sources_and_solves(capsys, tmp_path):
     memories, seconds = zip(*((choice["bytes"], choice["seconds"]) for choice in told["solve"]))
     assert list(memories) == sorted(memories, reverse=True)
     assert list(seconds) == sorted(seconds)
+    for choice in told["solve"]:
+        settings = shlex.split(choice["settings"])
+        names = [word.partition("=")[0] for word in settings]
+        kept = [word for word in command if word.partition("=")[0] not in names]
+        assert run([*kept, *settings, "--json"]) == 0
+        again = json.loads(capsys.readouterr().out)
+        assert (again["peak_bytes"], again["step"]["seconds"]) == (choice["bytes"], choice["seconds"])
+    assert any("offload" in choice["settings"] for choice in told["solve"])
     assert run([*command, "--gpu", "100e12,1e12", "--gpu-memory", "1GiB"]) == 2  # what CUDA itself takes does not fit
     assert "DOES NOT FIT" in capsys.readouterr().out
 
@@ -130,6 +139,17 @@ def test_the_command_says_parts_with_their_sources_and_solves(capsys, tmp_path):
         (["--gpu", "4e12,2e12"], ["--gpu-memory"]),
         (["--gpu-memory", "80 apples"], ["80 apples", "80GiB"]),
         (["--link", "string"], ["string", "nvlink4"]),
+        (["--gpu", "989,3.35", "--gpu-memory", "80GiB"], ["989,3.35", "not TFLOP/s", "400e12,2e12"]),
+        (["--gpu", "nan,2e12", "--gpu-memory", "80GiB"], ["nan,2e12"]),
+        (["--gpu-memory", "80"], ["--gpu-memory 80:", "80GiB"]),
+        (["--gpu-memory", "8.0.0GB"], ["8.0.0GB", "80GiB"]),
+        (["--gpu-memory", "0GB"], ["0GB", "above 0"]),
+        (["--link", "400"], ["--link 400", "not GB/s"]),
+        (["--link", "inf"], ["--link inf"]),
+        (["--price", "-3"], ["--price -3", "2.5"]),
+        (["--price", "nan"], ["--price nan"]),
+        (["--nodes", "100000000"], ["--nodes 100000000", "100,000"]),
+        (["max_length=0", "num_accumulation_steps=0"], ["2 mistakes", "max_length = 0", "num_accumulation_steps = 0"]),
         (["--gpus", "0"], ["--gpus 0"]),
         (["--gpus", "6", "sequence_parallel_size=4"], ["4 ranks"]),
     ],
@@ -141,15 +161,27 @@ def test_what_is_unknown_is_one_message(capsys, options, words):
     assert [word for word in words if word not in told] == []
 
 
+def test_a_config_without_its_parts_and_a_model_without_attention_are_one_message(capsys, tmp_path):
+    (tmp_path / "lacking.py").write_text("x = 1\n")
+    assert run(["plan", str(tmp_path / "lacking.py")]) == 2
+    assert "The config has no model." in capsys.readouterr().err
+    MambaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    assert run(["plan", "internlm2_7b-sft_full", f"model_path={tmp_path}"]) == 2
+    assert "is a mamba" in capsys.readouterr().err
+
+
 def test_every_line_to_paste_is_taken_by_train(tmp_path):
     setup = Setup(InternLM2Config(**SMALL), 4096, 16, num_accumulation_steps=8, hybrid=True, holding="fsdp")
     lines = {line(each, setup) for each in candidates(setup)}
     assert len(lines) == len(list(candidates(setup))) > 100
     parts: dict[str, dict[str, str]] = {}
-    for text in lines:
-        settings = dict(word.split("=", 1) for word in shlex.split(text))
-        render("internlm2_7b-sft_full", settings)
-        parts |= {f"{settings.get('fsdp')} {settings.get('deepspeed')}": settings}
+    seen: set[str] = set()
+    for words in map(shlex.split, sorted(lines)):
+        if not seen.issuperset(words):  # each setting with each of its values, once
+            seen.update(words)
+            settings = dict(word.split("=", 1) for word in words)
+            render("internlm2_7b-sft_full", settings)
+            parts |= {f"{settings.get('fsdp')} {settings.get('deepspeed')}": settings}
     InternLM2Config(**SMALL, architectures=["InternLM2ForCausalLM"]).save_pretrained(tmp_path)
     for settings in parts.values():
         given = {**settings, "model_path": str(tmp_path), "weights": "random", "data_path": "demo:chat"}
@@ -162,8 +194,7 @@ def test_the_cheap_order_of_solving_leaves_out_nothing():
     work = Work(GPUS["A100"]._replace(memory=1.06 * 2**30), 1e8, 1024.0, 0.5)
     sizes, everything = count(setup), []
     for each in candidates(setup):
-        speed = speed_of(each, sizes, *work)
-        everything.append((speed.seconds + host_seconds(each, sizes, speed), memory_of(each, sizes).peak.total))
+        everything.append((speed_of(each, sizes, *work).seconds, memory_of(each, sizes).peak.total))
     fitting = [point for point in everything if point[1] < work.gpu.memory]
     front = {one for one in fitting if not any(other != one and (other[0] <= one[0] and other[1] <= one[1])
                                                for other in fitting)}  # fmt: skip

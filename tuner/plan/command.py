@@ -1,11 +1,13 @@
 """`tuner plan`: from a config's text to memory, time and cost on machines that need not be here."""
 
 import json
+import math
 import time
 from typing import Any, NamedTuple
 
 import torch
 
+from tuner.check import check
 from tuner.config import loads
 from tuner.engine.machine import measured_bandwidth, measured_rate
 from tuner.errors import UserError
@@ -17,6 +19,7 @@ from tuner.plan.solve import Choice, Work, solve
 from tuner.plan.speed import EFFICIENCY, Speed, speed_of
 
 EXIT_DOES_NOT_FIT = 2
+MOST_GPUS = 100_000
 
 
 class Wanted(NamedTuple):
@@ -46,12 +49,11 @@ def plan(source: str, *, name: str = "config.py", **options: Any) -> int:
     """
     started = time.monotonic()
     wanted = Wanted(**options)
-    for option, number in (("--gpus", wanted.gpus), ("--nodes", wanted.nodes)):
-        if number < 1:
-            raise UserError(f"{option} {number}: give 1 or more.")
+    check_numbers(wanted)
     gpu = read_gpu(wanted.gpu, wanted.gpu_memory)
     link_name, link = read_link(wanted.link, gpu, wanted.nodes)
     config = loads(source, name)
+    check(config, here=False)
     setup, shapes = read_setup(config, wanted.gpus * wanted.nodes, wanted.gpus)
     lengths = lengths_of(config, setup.num_tokens)
     efficiency = EFFICIENCY
@@ -71,8 +73,22 @@ def plan(source: str, *, name: str = "config.py", **options: Any) -> int:
     print("\n".join(speed_lines(setup, speed, work, link_name, wanted.price)))
     if wanted.solve:
         print("\n".join(solve_lines(choices, gpu)))
-    print(f"{time.monotonic() - started:.0f} s")
+    print(f"planned in {time.monotonic() - started:.0f} s")
     return 0 if fits else EXIT_DOES_NOT_FIT
+
+
+def check_numbers(wanted: Wanted) -> None:
+    """UserError for a number of machines or a price that there is not."""
+    for option, number in (("--gpus", wanted.gpus), ("--nodes", wanted.nodes)):
+        if number < 1:
+            raise UserError(f"{option} {number}: give 1 or more.")
+    if wanted.gpus * wanted.nodes > MOST_GPUS:
+        raise UserError(
+            f"--gpus {wanted.gpus} --nodes {wanted.nodes}: {wanted.gpus * wanted.nodes:,} GPUs in all; at most "
+            f"{MOST_GPUS:,} can be planned. --gpus are those of one node."
+        )
+    if wanted.price is not None and not 0 <= wanted.price < math.inf:
+        raise UserError(f"--price {wanted.price:g}: give what a GPU costs for an hour, 0 or more, such as 2.5.")
 
 
 def measured_here(gpu: Gpu) -> Gpu:
@@ -108,12 +124,13 @@ def speed_lines(setup: Setup, speed: Speed, work: Work, link: str, price: float 
     """FLOPs, seconds, money."""
     gpu, tokens = work.gpu, speed.num_tokens / speed.seconds
     hours = setup.num_ranks * speed.seconds / 3600
+    host = f", the host {speed.host_seconds:.2f} s (PCIe and its own memory)" if speed.host_seconds else ""
     money = "" if price is None else f", {hours * price:.3g} at {price:g} an hour"
     return [
         f"  tokens {speed.num_tokens:,.0f}; FLOPs needed {speed.model_flops:.3g}, computed {speed.hardware_flops:.3g}",
         f"  computing {speed.compute_seconds:.2f} s ({gpu.flops / 1e12:.3g} TFLOP/s by {gpu.source}, of which "
         f"{work.efficiency:.0%} are taken to be reached), optimizer {speed.optimizer_seconds:.2f} s "
-        f"({gpu.bandwidth / 1e12:.3g} TB/s)",
+        f"({gpu.bandwidth / 1e12:.3g} TB/s){host}",
         f"  links {speed.link_seconds:.2f} s beside it ({link}, {work.link / 1e9:g} GB/s; "
         f"{speed.sent / 1e9:.2f} GB a rank)",
         f"  {speed.seconds:.2f} s, {tokens:,.0f} tokens/s, {hours:.3g} GPU hours{money}",
@@ -123,11 +140,11 @@ def speed_lines(setup: Setup, speed: Speed, work: Work, link: str, price: float 
 def solve_lines(choices: list[Choice], gpu: Gpu) -> list[str]:
     """The Pareto table, and the first line to paste."""
     if not choices:
-        return [f"\nnothing that was tried fits {gpu.name}: more GPUs, a smaller max_length or tile_tokens, or LoRA"]
+        return [f"\nnothing that was tried fits {gpu.memory / GIB:.1f} GiB: more GPUs, shorter packs or tiles, or LoRA"]
     lines = ["\nwhat fits, and no other is better in both      GiB   s/step"]
     for choice in choices:
         lines.append(f"  {choice.memory.peak.total / GIB:6.1f} {choice.seconds:8.2f}   {choice.line()}")
-    return [*lines, f"paste: {choices[0].line()}"]
+    return [*lines, f"paste, in place of such settings as are given: {choices[0].line()}"]
 
 
 def as_dict(memory: Memory, speed: Speed, gpu: Gpu, choices: list[Choice]) -> dict[str, Any]:

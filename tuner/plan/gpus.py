@@ -1,14 +1,17 @@
 """GPUs and links by name, with the figures of their data sheets; or any other by its numbers."""
 
+import math
 import re
 from typing import NamedTuple
 
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+LARGEST = 2**50  # bytes
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-SIZE = re.compile(r"([\d.]+(?:e\d+)?)\s*([KMGT]?i?B?)", re.IGNORECASE)
+SIZE = re.compile(r"(\d+\.?\d*|\.\d+)\s*([KMGT]i?B)", re.IGNORECASE)
+SLOWEST = 1e6  # FLOP/s and bytes/s below which a number is one of TFLOP/s or GB/s, or a mistake
 
 
 class Gpu(NamedTuple):
@@ -40,16 +43,30 @@ LINKS = {
 DEFAULT_LINKS = {"A100": "nvlink3"}
 
 
-def read_size(text: str) -> float:
+def read_size(text: str, option: str = "--gpu-memory") -> float:
     """`80GiB` -> bytes.
 
     Raises:
-        UserError: it is no size.
+        UserError: it is no size, or none that memory has.
     """
     match = SIZE.fullmatch(text.strip())
-    if match is None or match[2].upper() not in UNITS:
-        raise UserError(f"{text!r} is no size. Give a number with a unit, such as 80GiB or 80GB.")
-    return float(match[1]) * UNITS[match[2].upper()]
+    size = float(match[1]) * UNITS[match[2].upper()] if match is not None else 0.0
+    if not 0 < size < LARGEST:
+        raise UserError(f"{option} {text}: give a number above 0 with its unit, such as 80GiB or 80GB.")
+    return size
+
+
+def read_rates(text: str) -> list[float] | None:
+    """`400e12,2e12` -> those; None for what is not one number or several."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        return None
+
+
+def is_rate(number: float) -> bool:
+    """Whether something moves at that many a second."""
+    return SLOWEST <= number < math.inf
 
 
 def read_gpu(text: str, memory: str | None) -> Gpu:
@@ -62,16 +79,17 @@ def read_gpu(text: str, memory: str | None) -> Gpu:
     if text.lower() in known:
         gpu = known[text.lower()]
         return gpu if memory is None else gpu._replace(memory=read_size(memory))
-    try:
-        flops, bandwidth = (float(number) for number in text.split(","))
-    except ValueError as error:
+    rates = read_rates(text)
+    if rates is None or len(rates) != 2:
         raise UserError(
             f"--gpu {text}: known are {', '.join(GPUS)}.{did_you_mean(text.upper(), GPUS)} Of another give numbers: "
             "--gpu FLOPS,BANDWIDTH, dense bf16 FLOP/s and bytes/s, such as 400e12,2e12, and --gpu-memory."
-        ) from error
-    if memory is None or flops <= 0 or bandwidth <= 0:
-        raise UserError(f"--gpu {text}: numbers above 0, and --gpu-memory, such as 80GiB.")
-    return Gpu("this GPU", flops, bandwidth, read_size(memory), "--gpu")
+        )
+    if not all(map(is_rate, rates)):
+        raise UserError(f"--gpu {text}: give FLOP/s and bytes/s, not TFLOP/s and TB/s: such as 400e12,2e12.")
+    if memory is None:
+        raise UserError(f"--gpu {text}: of a GPU by its numbers say --gpu-memory too, such as --gpu-memory 80GiB.")
+    return Gpu("this GPU", rates[0], rates[1], read_size(memory), "--gpu")
 
 
 def read_link(text: str | None, gpu: Gpu, num_nodes: int) -> tuple[str, float]:
@@ -84,12 +102,11 @@ def read_link(text: str | None, gpu: Gpu, num_nodes: int) -> tuple[str, float]:
         text = "ib400" if num_nodes > 1 else DEFAULT_LINKS.get(gpu.name, "nvlink4")
     if text in LINKS:
         return text, LINKS[text]
-    try:
-        rate = float(text)
-    except ValueError as error:
+    rates = read_rates(text)
+    if rates is None or len(rates) != 1:
         raise UserError(
             f"--link {text}: known are {', '.join(LINKS)}.{did_you_mean(text, LINKS)} Or give bytes/s, such as 50e9."
-        ) from error
-    if rate <= 0:
-        raise UserError(f"--link {text}: give bytes/s above 0.")
-    return "--link", rate
+        )
+    if not is_rate(rates[0]):
+        raise UserError(f"--link {text}: give bytes/s, not GB/s: such as 50e9.")
+    return "--link", rates[0]

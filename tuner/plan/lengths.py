@@ -30,7 +30,9 @@ class Lengths(NamedTuple):
 def lengths_of(config: Any, max_length: int) -> Lengths:
     """Of the shards of a config, if all of them are in the cache; else each pack is taken for one document."""
     assumed = Lengths(
-        max_length, max_length, "each pack taken as one document of max_length, which is the most it can cost"
+        max_length,
+        max_length,
+        "each pack taken as one document of max_length, the most it can cost; `tuner prepare` finds the real ones",
     )
     dataset = config.train_dataloader["dataset"]
     shards = dataset.get("shards") or {}

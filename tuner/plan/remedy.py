@@ -7,7 +7,7 @@ from tuner.plan.holding import count
 from tuner.plan.memory import Memory, memory_of
 from tuner.plan.settings import assignments, changes, is_rounding
 from tuner.plan.setup import Setup
-from tuner.plan.solve import Work, at_least, candidates, host_seconds, needs_no_more
+from tuner.plan.solve import Work, at_least, candidates, needs_no_more
 from tuner.plan.speed import speed_of
 
 TILES = (8192, 2048)  # tokens that feed-forward blocks may take at a time
@@ -31,8 +31,7 @@ def find_remedy(setup: Setup, work: Work, limit: float) -> Remedy | None:
     found: list[tuple[int, float, int, Setup, dict[str, Any]]] = []
     for each in others(setup):
         changed = changes(each, setup)
-        speed = speed_of(each, sizes, *work)
-        seconds = speed.seconds + host_seconds(each, sizes, speed)
+        seconds = speed_of(each, sizes, *work).seconds
         found.append((len(set(changed) - {FOLLOWS}), seconds, len(found), each, changed))
     seen: list[Setup] = []
     for _, _, _, each, changed in sorted(found, key=lambda entry: entry[:3]):

@@ -88,6 +88,8 @@ def read_setup(config: Any, num_ranks: int, ranks_per_node: int) -> tuple[Setup,
     if config.model.get("type") is not SFT or node.get("type") is not build_llm:
         raise UserError("plan knows model = dict(type=SFT, llm=dict(type=build_llm, ...)) and no other model.")
     model, source = model_of(node["path"])
+    if not hasattr(model.get_text_config(), "num_attention_heads"):
+        raise UserError(f"plan knows models whose layers have attention; {node['path']} is a {model.model_type}.")
     strategy = config.strategy
     degrees = read_degrees(strategy.get("sequence_parallel_size", 1))
     arrange(num_ranks, degrees)

@@ -12,7 +12,7 @@ from tuner.plan.holding import Held, Sizes, count, hold
 from tuner.plan.memory import CONTEXT, Memory, memory_of
 from tuner.plan.settings import line
 from tuner.plan.setup import Setup
-from tuner.plan.speed import STEP_BYTES, Speed, speed_of
+from tuner.plan.speed import Speed, speed_of
 from tuner.plan.trace import of_attention, of_layer_input
 
 SPREAD = ("none", "zero1", "zero2", "zero3", "fsdp", "zero2_offload", "zero3_offload")
@@ -20,8 +20,6 @@ AGAIN: tuple[Recomputed, ...] = (True, ATTENTION, False)  # what gradient checkp
 KEPT = [(again, offload) for again in AGAIN for offload in (False, True) if again or not offload]
 RINGS = (2, 4, 8)  # ranks in a ring, beyond those among which heads are divided
 LONGER = (1, 2, 4)  # micro-batches of so many times the tokens
-PCIE = 25e9  # bytes/s at which offloaded state comes and goes
-HOST_BANDWIDTH = 200e9  # bytes/s of a node's own memory, which holds back the optimizer there; assumed
 
 
 class Work(NamedTuple):
@@ -92,7 +90,7 @@ def solve(setup: Setup, work: Work) -> list[Choice]:
     timed = []
     for each in candidates(setup):
         speed = speed_of(each, sizes, work.gpu, work.link, work.mean_length, work.efficiency)
-        timed.append((speed.seconds + host_seconds(each, sizes, speed), each, speed))
+        timed.append((speed.seconds, each, speed))
     # of equally fast ones first those that are likely to need least
     timed.sort(key=lambda entry: (entry[0], at_least(entry[1], sizes), own_tokens(entry[1])))
     best: list[Choice] = []
@@ -139,21 +137,3 @@ def at_least(setup: Setup, sizes: Sizes) -> float:
     forward = held.gathered + layers * kept + (held.gradient if is_there else 0.0)
     always += 0.0 if setup.on_cpu else CONTEXT
     return always + max(forward, held.gradient + max(0.0, held.updating))
-
-
-def host_seconds(setup: Setup, sizes: Sizes, speed: Speed) -> float:
-    """What the host adds to a step: gradients to it and weights back, over PCIe, and its own optimizer's step.
-
-    Activations come and go beside the computing, and add what is longer than it.
-    """
-    seconds = 0.0
-    if "offload_optimizer" in setup.zero:
-        seconds += (4 + setup.itemsize) * sizes.trained / setup.num_ranks / PCIE
-        num_nodes = max(1, setup.num_ranks // setup.ranks_per_node)
-        seconds += STEP_BYTES * sizes.trained / num_nodes / HOST_BANDWIDTH
-    if setup.offload_activations:
-        computation, num_layers = setup.computation(), setup.model.get_text_config().num_hidden_layers
-        kept = of_layer_input(computation) + (of_attention(computation) if setup.checkpointing == ATTENTION else 0)
-        moved = 2 * kept * num_layers * setup.num_accumulation_steps / PCIE
-        seconds += max(0.0, moved - speed.compute_seconds)
-    return seconds

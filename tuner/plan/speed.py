@@ -8,8 +8,11 @@ from tuner.parallel.mesh import head_counts
 from tuner.plan.gpus import Gpu
 from tuner.plan.holding import Sizes
 from tuner.plan.setup import Setup
+from tuner.plan.trace import of_attention, of_layer_input
 
 EFFICIENCY = 0.55  # of the data sheet's matrix rate that long products of bf16 reach; assumed, not measured
+PCIE = 25e9  # bytes/s at which offloaded state comes and goes; assumed
+HOST_BANDWIDTH = 200e9  # bytes/s of a node's own memory, which holds back the optimizer there; assumed
 STEP_BYTES = 28  # AdamW reads weight, gradient and two moments in fp32 and writes three of them
 
 
@@ -23,11 +26,12 @@ class Speed(NamedTuple):
     optimizer_seconds: float
     link_seconds: float  # if nothing of it ran beside the computing
     sent: float  # bytes a rank
+    host_seconds: float  # that the CPUs and the way to them add, where something is offloaded
 
     @property
     def seconds(self) -> float:
-        """Where communication runs beside computing, the longer of them, and the optimizer."""
-        return max(self.compute_seconds, self.link_seconds) + self.optimizer_seconds
+        """Where communication runs beside computing, the longer of them, the optimizer, and the host."""
+        return max(self.compute_seconds, self.link_seconds) + self.optimizer_seconds + self.host_seconds
 
 
 def speed_of(setup: Setup, sizes: Sizes, gpu: Gpu, link: float, mean_length: float, efficiency: float) -> Speed:
@@ -47,15 +51,36 @@ def speed_of(setup: Setup, sizes: Sizes, gpu: Gpu, link: float, mean_length: flo
     computed = hardware_flops(sizes.matmuls, tokens, squares, tokens, gradient_checkpointing=setup.checkpointing)
     sent = bytes_sent(setup, sizes)
     stepped = sizes.trained / (setup.num_ranks if setup.holding != "none" else 1)
+    is_on_host = "offload_optimizer" in setup.zero
+    compute_seconds = computed / (setup.num_ranks * gpu.flops * efficiency)
     return Speed(
         model_flops=model_flops(sizes.matmuls, tokens, squares, tokens),
         hardware_flops=computed,
         num_tokens=tokens,
-        compute_seconds=computed / (setup.num_ranks * gpu.flops * efficiency),
-        optimizer_seconds=STEP_BYTES * stepped / gpu.bandwidth,
+        compute_seconds=compute_seconds,
+        optimizer_seconds=0.0 if is_on_host else STEP_BYTES * stepped / gpu.bandwidth,
         link_seconds=sent / link,
         sent=sent,
+        host_seconds=host_seconds(setup, sizes, compute_seconds),
     )
+
+
+def host_seconds(setup: Setup, sizes: Sizes, compute_seconds: float) -> float:
+    """What the host adds to a step: gradients to it and weights back, over PCIe, and its own optimizer's step.
+
+    Activations come and go beside the computing, and add what is longer than it.
+    """
+    seconds = 0.0
+    if "offload_optimizer" in setup.zero:
+        seconds += (4 + setup.itemsize) * sizes.trained / setup.num_ranks / PCIE
+        num_nodes = max(1, setup.num_ranks // setup.ranks_per_node)
+        seconds += STEP_BYTES * sizes.trained / num_nodes / HOST_BANDWIDTH
+    if setup.offload_activations:
+        computation, num_layers = setup.computation(), setup.model.get_text_config().num_hidden_layers
+        kept = of_layer_input(computation) + (of_attention(computation) if setup.checkpointing == ATTENTION else 0)
+        moved = 2 * kept * num_layers * setup.num_accumulation_steps / PCIE
+        seconds += max(0.0, moved - compute_seconds)
+    return seconds
 
 
 def bytes_sent(setup: Setup, sizes: Sizes) -> float:
