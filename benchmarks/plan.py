@@ -3,7 +3,8 @@
 Measured is what torch's allocator says: its profiler notes every allocation and release with their bytes, what kernels
 take for themselves included, from before the model is built; the figure is the most that is held during the second
 step, when the optimizer's state is there. Predicted is `tuner.plan.memory.memory_of` of the same setup, without what a
-GPU needs besides. Ranks talk through gloo, whose own buffers are not torch's.
+GPU needs besides. Ranks talk through gloo, whose own buffers are not torch's. What is offloaded lies in memory of
+numpy's, which is none of torch's, and comes back as it would to a GPU, so that host and device are told apart.
 
     python benchmarks/plan.py [--only zero]
 """
@@ -52,6 +53,9 @@ CASES = (
          num_accumulation_steps=2),
     Case("fp32, all but attention again", 1, FP32, {"gradient_checkpointing": "attention"}, num_tokens=4096),
     Case("fp32, every 2nd layer again", 1, FP32, {"gradient_checkpointing": 2}, num_tokens=4096),
+    Case("fp32, layers again, offloaded", 1, FP32, {**AGAIN, "offload_activations": True}, num_tokens=4096),
+    Case("fp32, tiles, attention kept, offloaded", 1, FP32,
+         {"gradient_checkpointing": "attention", "offload_activations": True, "tile_tokens": 512}, num_tokens=4096),
     Case("fp32, optimizer in backward", 1, FP32, in_backward=True),
     Case("fp32, LoRA of rank 8", 1, FP32, lora={"rank": 8}),
     Case("bf16, LoRA of rank 8, checkpointing", 1, BF16, AGAIN, lora={"rank": 8}),
@@ -89,6 +93,7 @@ def peak_of(case: Case, rank: int, size: int) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
+    keep_elsewhere()
     with tempfile.TemporaryDirectory() as directory:
         write_model(case, directory)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -107,6 +112,33 @@ def peak_of(case: Case, rank: int, size: int) -> int:
                 take_step(strategy, [batch] * case.num_accumulation_steps, f"step {step}")
             del strategy
     return peak_in(profiled.profiler.kineto_results.events(), f"step {NUM_STEPS - 1}")
+
+
+def keep_elsewhere() -> None:
+    """Let `tuner.model.offload` put tensors of a CPU where torch's allocator does not count them."""
+    import torch
+
+    from tuner.model import offload
+
+    class Elsewhere(offload.Away):
+        here: torch.Tensor | None = None
+
+        def __init__(self, layer: offload.Layer, tensor: torch.Tensor) -> None:
+            super().__init__(layer, tensor)
+            self.host = torch.from_numpy(tensor.numpy().copy())
+
+        def start(self) -> None:
+            if self.here is None:
+                self.here = self.host.clone()
+
+        def take(self) -> torch.Tensor:
+            self.was_taken = True
+            self.start()
+            tensor, self.here = self.here, None
+            assert tensor is not None
+            return tensor
+
+    offload.Away = Elsewhere  # type: ignore[misc]
 
 
 def take_step(strategy: Any, batches: list[dict[str, Any]], name: str) -> None:
@@ -202,6 +234,7 @@ def predict(case: Case) -> Any:
             degrees=read_degrees(strategy.get("sequence_parallel_size", 1)),
             checkpointing=llm.get("gradient_checkpointing", False),
             tile_tokens=llm.get("tile_tokens"),
+            offload_activations=llm.get("offload_activations", False),
             num_accumulation_steps=case.num_accumulation_steps,
             lora=LoRA(**case.lora) if case.lora else None,
             in_backward=case.in_backward,
