@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +25,9 @@ from tuner.dataset.hub import parse as parse_hub_name
 from tuner.dataset.messages import PARALLEL_TOOL_CALLS
 from tuner.dataset.rendering import LOSS_ON
 from tuner.dataset.sampler import ENDLESS
-from tuner.dataset.sources import find_sources, parse_entry
+from tuner.dataset.sources import as_entries, find_sources, parse_entry
 from tuner.dataset.staged import NEED_MAX_STEPS
-from tuner.dataset.stages import read_stages
+from tuner.dataset.stages import check_run, read_stages
 from tuner.dataset.streaming import refuse_weights
 from tuner.dataset.templates import TEMPLATE_NAMES
 from tuner.demo.files import PREFIX
@@ -51,6 +52,7 @@ NEEDED = (
 DATA_PARTS = ("tokenizer", "train_dataloader")
 """parts of a config that say all about its data; `check(config, DATA_PARTS)` needs no model, nor its weights"""
 Names = Collection[str] | None
+LARGEST = sys.float_info.max
 
 
 class Rule(NamedTuple):
@@ -73,8 +75,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def number(low: float, high: float = float("inf"), *, words: str, include_low: bool = True) -> Rule:
-    """A number in [low, high], or in (low, high]."""
+def number(low: float, high: float = LARGEST, *, words: str, include_low: bool = True) -> Rule:
+    """A number in [low, high], or in (low, high]; an infinite one is none."""
     return Rule(
         lambda value: is_number(value) and (value >= low if include_low else value > low) and value <= high, words
     )
@@ -286,20 +288,23 @@ def wrong_data_files(nodes: list[Node]) -> list[str]:
 
 def wrong_entries(paths: list[Any], data_format: Any) -> list[str]:
     """What is wrong with the files that data_path, in a recipe or a stage, names for entries of this format."""
-    entries = [entry for path in paths for entry in ([path] if isinstance(path, (str, Mapping)) else path)]
-    found = complaints(parse_entry, entries)
+    found = complaints(as_entries, paths)
+    entries = [] if found else [entry for path in paths for entry in as_entries(path)]
+    found += complaints(parse_entry, entries)
     read = [] if found else [parse_entry(entry) for entry in entries]
     names = {name: entry.data_format or data_format for entry in read for name in entry.paths}
     found += complaints(parse_hub_name, [name for name in names if name.startswith(HUB_PREFIX)])
     local = [(name, given) for name, given in names.items() if not name.startswith((PREFIX, HUB_PREFIX))]
     found += complaints(lambda named: find_sources(*named), local)
+    if not found and len(local) == len(names):  # what is wrong between them
+        found = complaints(lambda path: find_sources(path, data_format), paths)
     return [f"{problem} data_path names the files to train on." for problem in found]
 
 
 def data_entries(nodes: list[Node], readers: Collection[Any]) -> list[Any]:
     """All that data_path holds where one of `readers` takes it."""
     given = [node.values["path"] for node in nodes if node.type in readers and "path" in node.values]
-    return [entry for path in given for entry in ([path] if isinstance(path, (str, Mapping)) else path)]
+    return [entry for path in given if not complaints(as_entries, [path]) for entry in as_entries(path)]
 
 
 def wrong_streams(nodes: list[Node]) -> list[str]:
@@ -308,7 +313,7 @@ def wrong_streams(nodes: list[Node]) -> list[str]:
     streamed = [values for values in loaders if values.get("dataset", {}).get("type") is StreamedDataset]
     problems = [ENDLESS for values in streamed if values.get("max_steps") is None]
     entries = [entry for entry in data_entries(nodes, (build_stream,)) if not complaints(parse_entry, [entry])]
-    return problems + complaints(refuse_weights, [entries])
+    return problems + complaints(refuse_weights, [entries] if entries else [])
 
 
 def wrong_stages(parts: Mapping[str, Any], *, here: bool) -> list[str]:
@@ -323,6 +328,8 @@ def wrong_stages(parts: Mapping[str, Any], *, here: bool) -> list[str]:
     if parts.get("streaming"):
         problems.append("stages and streaming = True do not go together: a share needs data that is counted. Drop one.")
     if not problems:
+        run = (read_stages(stages), loader["max_steps"], loader["dataset"].get("max_length"))
+        problems += complaints(lambda arguments: check_run(*arguments), [run])
         ropes = [{"theta": stage.get("rope_theta"), "scaling": stage.get("rope_scaling")} for stage in stages]
         problems += [f"stages[{place}]: {text}" for place, rope in enumerate(ropes) for text in wrong_rope(rope)]
         own = [stage["data_path"] for stage in stages if stage.get("data_path") is not None]

@@ -220,7 +220,13 @@ def test_prepare_and_preview_know_stages(folder: Path, capsys: pytest.CaptureFix
         ({"stages": [{"max_length": 256, "share": 1, "short_source": "loop"}]}, "allowed is repeat or stop"),
         ({"stages": [{"max_length": 256, "share": 1, "buckets": {256: 0.5}}]}, "add up to 0.5, not to 1"),
         ({"stages": [{"max_length": 256, "share": 1, "buckets": {5: 0.5, 256: 0.5}}]}, "No document has 1 to 5 tokens"),
+        (
+            {"stages": [{"max_length": 256, "share": 1, "buckets": {0: 0.5, 256: 0.5}}]},
+            "whole numbers of tokens from 1",
+        ),
         ({"stages": [{"max_length": 256, "share": 1, "tokens_per_step": 100}]}, "fewer than a pack"),
+        ({"stages": [{"max_length": 256, "share": 1, "data_path": 3}]}, "data_path = 3. Expected: a path"),
+        ({"stages": [{"max_length": 256, "share": 1, "data_path": ["demo:chats", None]}]}, "data_path holds None"),
         ({"stages": [{"max_length": 256, "share": 1, "rope_theta": -1}]}, "rope_theta = -1"),
         ({"stages": [{"max_length": 256, "share": 1, "data_path": "nowhere.jsonl"}]}, "no data file nowhere.jsonl"),
         ({"stages": [{"max_length": 256, "share": 1, "data_path": []}]}, "data_path is an empty list"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tuner.check import check, warn_of_precision
+from tuner.check import RULES, check, warn_of_precision
 from tuner.config import add_options, loads, render
 from tuner.configs.optimizer_rules import wrong_in_backward
 from tuner.errors import UserError
@@ -42,6 +42,13 @@ def problems(
 def test_a_right_config_passes_and_nothing_is_built(good: dict[str, object], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(build.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert problems(good) == ""
+
+
+def test_no_number_is_infinite() -> None:
+    """An edited file can hold them, where NAME=VALUE cannot."""
+    for name in ("lr", "weight_decay", "warmup_ratio"):
+        assert RULES[name].holds(0.5)
+        assert not any(RULES[name].holds(float(value)) for value in ("inf", "-inf", "nan"))
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,8 @@ def find_sources(path: DataPath, data_format: object = None) -> list[Source]:
     the directories that match it, if some do.
     Raises UserError for what is missing, empty, unknown or named twice, and for weights that cannot be shares.
     """
-    entries = [path] if isinstance(path, str | Mapping) else list(path)
-    if not entries:
-        raise UserError("data_path is an empty list. Give at least one file.")
     sources, trees = [], set()
-    for name, patterns, weight, own in map(parse_entry, entries):
+    for name, patterns, weight, own in map(parse_entry, as_entries(path)):
         are_trees = (own or data_format) == TREE
         files = [file for pattern in patterns for file in _expand_one(pattern, are_trees=are_trees)]
         sources.append(Source(name, weight, files, own))
@@ -81,6 +78,17 @@ def find_sources(path: DataPath, data_format: object = None) -> list[Source]:
         except OSError as error:  # a name too long, a directory that may not be entered
             raise UserError(f"{str(file)[:200]} cannot be looked at: {error.strerror}. Check the path.") from error
     return sources
+
+
+def as_entries(path: object) -> list[Any]:
+    """The entries of data_path. Raises UserError for what is neither one nor a list of some."""
+    if isinstance(path, str | Mapping):
+        return [path]
+    if not isinstance(path, list | tuple):
+        raise UserError(f"data_path = {path!r}. Expected: a path, {ENTRY_WORDS}, or a list of these.")
+    if not path:
+        raise UserError("data_path is an empty list. Give at least one file.")
+    return list(path)
 
 
 def parse_entry(entry: object) -> Entry:

@@ -21,7 +21,7 @@ from tuner.dataset.rendering import Rendering
 from tuner.dataset.sampler import StepPacks, StepPlan
 from tuner.dataset.shards import Shards
 from tuner.dataset.sources import DataPath
-from tuner.dataset.stages import Span, Stage, read_stages, spans
+from tuner.dataset.stages import Span, Stage, check_run, read_stages, spans
 from tuner.errors import UserError
 
 NEED_MAX_STEPS = "stages share out the steps of a run, so max_steps must say how many it has; num_epochs does not."
@@ -76,9 +76,7 @@ class StageDatasets:
         read = read_stages(stages)
         if num_steps is None:
             raise UserError(NEED_MAX_STEPS)
-        longest = max(stage.max_length for stage in read)
-        if longest != self.max_length:
-            raise UserError(f"max_length = {self.max_length}, but the longest stage has {longest}. Make them the same.")
+        check_run(read, num_steps, self.max_length)
         make = partial(PackedDataset, pack=self.pack, pad_to_multiple_of=self.pad_to_multiple_of)
         tokens_per_step = packs_per_step * self.max_length
         full = spans(read, num_steps, tokens_per_step)  # tells of mistakes before anything is tokenised
@@ -208,7 +206,7 @@ def check_sources(place: int, stage: Stage, part: PackedDataset, span: Span) -> 
     for name, share, has in zip(part.group_names, part.group_shares, part.group_tokens):
         if tokens * share > has:
             short.append(
-                f"{name} has {has:,} tokens, its share takes {tokens * share:,.0f} ({tokens * share / has:.3g} times)"
+                f"of {name} there are {has:,} tokens, its share takes {tokens * share:,.0f} ({tokens * share / has:.3g} times)"
             )
     if short and stage.short_source == "stop":
         raise UserError(

@@ -104,14 +104,34 @@ def wrong_buckets(buckets: object, max_length: object) -> list[str]:
         return []
     if not isinstance(buckets, Mapping) or not buckets or not all(map(is_positive, buckets.values())):
         return [f"buckets = {buckets!r}: allowed is {{most tokens of a document: share of the tokens, ...}}."]
-    if not all(type(most) is int for most in buckets):
-        return [f"buckets = {buckets!r}: its keys are whole numbers of tokens."]
+    if not all(type(most) is int and most > 0 for most in buckets):
+        return [f"buckets = {buckets!r}: its keys are whole numbers of tokens from 1."]
     problems = []
     if abs(sum(buckets.values()) - 1) > SUM_ERROR:
         problems.append(f"the shares of its buckets add up to {sum(buckets.values()):g}, not to 1.")
     if max(buckets) != max_length:
         problems.append(f"its last bucket ends at {max(buckets)}, not at max_length = {max_length}.")
     return problems
+
+
+def check_run(stages: Sequence[Stage], num_steps: object, max_length: object) -> None:
+    """Raise UserError where stages do not fit the other settings of a run, as far as shows before data is read."""
+    longest = max(stage.max_length for stage in stages)
+    if longest != max_length:
+        raise UserError(f"max_length = {max_length}, but the longest stage has {longest}. Make them the same.")
+    for place, stage in enumerate(stages):
+        if stage.tokens_per_step is not None and stage.tokens_per_step < stage.max_length:
+            raise small_step(place, stage, stage.tokens_per_step)
+    if isinstance(num_steps, int) and 0 < num_steps < len(stages):
+        raise UserError(f"max_steps = {num_steps}, but there are {len(stages)} stages: one has none. Raise max_steps.")
+
+
+def small_step(place: int, stage: Stage, tokens_per_step: int) -> UserError:
+    """What to say of a stage whose steps have no room for a pack."""
+    return UserError(
+        f"stages[{place}]: a step has {tokens_per_step:,} tokens, fewer than a pack of max_length = "
+        f"{stage.max_length:,}. Raise tokens_per_step."
+    )
 
 
 def is_positive(value: object) -> bool:
@@ -137,10 +157,7 @@ def spans(
     small = [place for place, number in enumerate(packs) if number < 1]
     if small:
         stage = stages[small[0]]
-        raise UserError(
-            f"stages[{small[0]}]: a step has {stage.tokens_per_step or tokens_per_step:,} tokens, fewer than a pack of "
-            f"max_length = {stage.max_length:,}. Raise tokens_per_step."
-        )
+        raise small_step(small[0], stage, stage.tokens_per_step or tokens_per_step)
     full = fill or [1.0] * len(stages)
     asked = [stage.share / (number * stage.max_length * part) for stage, number, part in zip(stages, packs, full)]
     exact = [num_steps * part / sum(asked) for part in asked]

@@ -4,7 +4,7 @@ import hashlib
 import weakref
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +22,7 @@ from tuner.dataset.prepare import choose_preparations
 from tuner.dataset.rendering import Rendering
 from tuner.dataset.sampler import StepPacks, StepPlan
 from tuner.dataset.shards import Shards
-from tuner.dataset.sources import DataPath, parse_entry
+from tuner.dataset.sources import DataPath, as_entries, parse_entry
 from tuner.dataset.tokenize import Document
 from tuner.dataset.windows import Stream, read_ledger, read_window, window_path
 from tuner.errors import UserError
@@ -63,8 +63,7 @@ def build_stream(
 
 def refuse_weights(path: DataPath) -> None:
     """Raise UserError for a data_path that gives its sources weights."""
-    entries = [path] if isinstance(path, str | Mapping) else path
-    weighted = [entry.name for entry in map(parse_entry, entries) if entry.weight is not None]
+    weighted = [entry.name for entry in map(parse_entry, as_entries(path)) if entry.weight is not None]
     if weighted:
         raise UserError(
             f"data_path gives {', '.join(dict.fromkeys(weighted))} a weight, and with streaming = True files are read "
