@@ -204,10 +204,9 @@ def check_sources(place: int, stage: Stage, part: PackedDataset, span: Span) -> 
     tokens = span.num_steps * span.packs_per_step * stage.max_length * part.fill
     short = []
     for name, share, has in zip(part.group_names, part.group_shares, part.group_tokens):
-        if tokens * share > has:
-            short.append(
-                f"of {name} there are {has:,} tokens, its share takes {tokens * share:,.0f} ({tokens * share / has:.3g} times)"
-            )
+        taken = tokens * share
+        if taken > has:
+            short.append(f"of {name} there are {has:,} tokens, its share takes {taken:,.0f} ({taken / has:.3g} times)")
     if short and stage.short_source == "stop":
         raise UserError(
             f"stages[{place}]: {'; '.join(short)}. Lower max_steps or its share, add data, or set short_source = "
