@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 NUM_TOKENS, NUM_STEPS = 1024, 2
+NEEDLES = "needles"  # what a plan calls them
 SIZES = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     lora: Mapping[str, Any] | None = None
     in_backward: bool = False
     loss: Any = "chunked"
+    needle_tokens: int | None = None  # measured is a document that is scored after the steps, in their place
 
 
 FP32, BF16, AGAIN = {"precision": "fp32"}, {"precision": "bf16"}, {"gradient_checkpointing": True}
@@ -62,6 +64,8 @@ CASES = (
     Case("bf16, DoRA of rank 8, checkpointing", 1, BF16, AGAIN, lora={"rank": 8, "variant": "dora"}),
     Case("bf16, QLoRA of rank 8, checkpointing", 1, BF16, AGAIN, lora={"rank": 8, "quantise": "nf4"}),
     Case("bf16, LoRA and a trained head", 1, BF16, lora={"rank": 8, "modules_to_save": ["output"]}),
+    Case("fp32, checkpointing, needles in 8,192", 1, FP32, AGAIN, needle_tokens=8192),
+    Case("bf16, tiles of 512, needles in 8,192", 1, BF16, {"tile_tokens": 512}, needle_tokens=8192),
     Case("2 ranks, DDP", 2, FP32, num_tokens=512),
     Case("2 ranks, DDP, sp 2", 2, {**FP32, "sequence_parallel_size": 2}),
     Case("2 ranks, DDP, ring 2", 2, {**FP32, "sequence_parallel_size": {"ring": 2}}),
@@ -110,8 +114,28 @@ def peak_of(case: Case, rank: int, size: int) -> int:
             }
             for step in range(NUM_STEPS):
                 take_step(strategy, [batch] * case.num_accumulation_steps, f"step {step}")
+            if case.needle_tokens is not None:
+                score(strategy, case.needle_tokens)
             del strategy
-    return peak_in(profiled.profiler.kineto_results.events(), f"step {NUM_STEPS - 1}")
+    name = f"step {NUM_STEPS - 1}" if case.needle_tokens is None else NEEDLES
+    return peak_in(profiled.profiler.kineto_results.events(), name)
+
+
+def score(strategy: Any, num_tokens: int) -> None:
+    """A document on each place of a sequence, the answer at its end, as between two steps of training."""
+    import numpy as np
+    from torch.profiler import record_function
+
+    from tuner.dataset.tokenize import Document
+    from tuner.engine.aside import aside
+    from tuner.engine.scoring import score_documents
+
+    document = Document(
+        np.arange(num_tokens, dtype=np.uint32) % SIZES["vocab_size"], np.arange(num_tokens) >= num_tokens - 8
+    )
+    lengths = [num_tokens] * (strategy.world.size // strategy.degrees.size)
+    with record_function(NEEDLES), aside(strategy.model):
+        list(score_documents(strategy, lengths, lambda number: document, num_tokens))
 
 
 def keep_elsewhere() -> None:
@@ -220,10 +244,12 @@ def predict(case: Case) -> Any:
     from tuner.model.internlm2.configuration import InternLM2Config
     from tuner.parallel.mesh import read_degrees
     from tuner.plan.memory import memory_of
+    from tuner.plan.needles import Passes
     from tuner.plan.setup import Setup
 
     strategy, llm = case.strategy, case.llm
-    return memory_of(
+    needles = None if case.needle_tokens is None else Passes(1, ((case.needle_tokens,),))
+    memory = memory_of(
         Setup(
             model=InternLM2Config(**{**SIZES, **case.sizes}),
             num_tokens=case.num_tokens,
@@ -241,8 +267,10 @@ def predict(case: Case) -> Any:
             hpz_size=strategy.get("hpz_partition_size"),
             loss=case.loss,
             on_cpu=True,
+            needles=needles,
         )
     )
+    return memory if needles is None else memory._replace(phases={NEEDLES: memory.phases[NEEDLES]})
 
 
 def compare(cases: tuple[Case, ...]) -> list[tuple[Case, Any, int]]:

@@ -64,7 +64,7 @@ def test_no_two_keys_are_the_same():
 def test_a_needle_longer_than_the_haystack_and_wrong_numbers_are_refused():
     with pytest.raises(UserError, match=r"longer than the haystack.*the length asked for is 40"):
         Haystack("en", characters).document(Cell("en", 40, 0.0))
-    for wrong in ("", "x", "0", "1k,,2"):
+    for wrong in ("", "x", "0", "1k,,2", "1e9k"):
         with pytest.raises(UserError):
             parse_lengths(wrong)
     for wrong in ("", "0:100", "0:100:0", "0:110:10", "-1", "nan"):

@@ -24,8 +24,9 @@ from tuner.plan.holding import count
 from tuner.plan.known_models import known_model
 from tuner.plan.live import LiveBytes
 from tuner.plan.memory import memory_of
+from tuner.plan.needles import Passes
 from tuner.plan.settings import line
-from tuner.plan.setup import Setup
+from tuner.plan.setup import Setup, read_setup
 from tuner.plan.solve import Work, candidates, solve
 from tuner.plan.speed import speed_of
 
@@ -168,6 +169,32 @@ def test_a_config_without_its_parts_and_a_model_without_attention_are_one_messag
     MambaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     assert run(["plan", "internlm2_7b-sft_full", f"model_path={tmp_path}"]) == 2
     assert "is a mamba" in capsys.readouterr().err
+
+
+def test_needle_passes_are_a_phase_of_memory_and_a_share_of_the_seconds(tmp_path):
+    InternLM2Config(**SMALL, architectures=["InternLM2ForCausalLM"]).save_pretrained(tmp_path)
+    given: dict[str, Any] = {
+        "model_path": str(tmp_path),
+        "max_length": 256,
+        "needle_lengths": "100,8k",
+        "needle_depths": "0,50,100",
+    }
+    given |= {"needle_languages": "en", "needle_interval": 7, "gradient_checkpointing": True}
+    setup, _ = read_setup(loads(render("internlm2_tiny-sft_full", given)), 2, 2)
+    assert setup.needles == Passes(7, ((100, 100), (100,), (8192,), (8192,), (8192,)))
+    memory = memory_of(setup)
+    without = memory_of(setup._replace(needles=None))
+    assert memory.peak_phase == "needles", "far beyond what is trained"
+    assert {name: parts for name, parts in memory.phases.items() if name != "needles"} == without.phases
+    work = Work(GPUS["A100"], 1e8, 256.0, 0.5)
+    speed, plain = speed_of(setup, memory.sizes, *work), speed_of(setup._replace(needles=None), memory.sizes, *work)
+    linear = count(setup).matmuls.layers
+    width = SMALL["hidden_size"] * SMALL["num_hidden_layers"]
+    # two ranks take two packs a turn: 100 and 200 tokens, two of 8,192, one of 8,192
+    flops = 2 * linear * (200 + 2 * 8192) + 4 * width * (2 * 100**2 + 2 * 8192**2) / 2
+    assert speed.needle_seconds == pytest.approx(flops / (0.5 * GPUS["A100"].flops))
+    assert speed.seconds == plain.seconds == plain.seconds_with_needles
+    assert speed.seconds_with_needles == pytest.approx(plain.seconds + speed.needle_seconds / 7)
 
 
 def test_every_line_to_paste_is_taken_by_train(tmp_path):

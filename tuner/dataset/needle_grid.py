@@ -9,6 +9,7 @@ from tuner.dataset.needles import NUM_KEYS, WORDINGS, Cell, Document, Haystack
 from tuner.errors import UserError
 
 MOST_CELLS = 100_000
+MOST_TOKENS = 2**26  # of a document
 
 
 class Needles(Protocol):
@@ -133,6 +134,8 @@ def parse_lengths(text: str, name: str = ON_COMMAND_LINE.lengths) -> list[int]:
         found = set()
     if not found or min(found) < 1:
         raise UserError(f"{name} {text}: expected token counts such as 1k,4k,200k, where k is 1,024.")
+    if max(found) > MOST_TOKENS:
+        raise UserError(f"{name} {text}: {max(found):,} tokens are beyond the {MOST_TOKENS:,} that are allowed.")
     return sorted(found)
 
 

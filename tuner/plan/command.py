@@ -122,8 +122,13 @@ def memory_lines(memory: Memory, gpu: Gpu) -> list[str]:
 
 def speed_lines(setup: Setup, speed: Speed, work: Work, link: str, price: float | None) -> list[str]:
     """FLOPs, seconds, money."""
-    gpu, tokens = work.gpu, speed.num_tokens / speed.seconds
-    hours = setup.num_ranks * speed.seconds / 3600
+    gpu, seconds = work.gpu, speed.seconds_with_needles
+    hours = setup.num_ranks * seconds / 3600
+    needles, beside = [], ""
+    if setup.needles is not None:
+        every = f"every {setup.needles.interval:,} steps"
+        needles = [f"  needles {speed.needle_seconds:.2f} s {every}: {len(setup.needles.packs):,} packs, forward only"]
+        beside = f", {seconds:.2f} s with its share of them"
     host = f", the host {speed.host_seconds:.2f} s (PCIe and its own memory)" if speed.host_seconds else ""
     money = "" if price is None else f", {hours * price:.3g} at {price:g} an hour"
     return [
@@ -133,7 +138,8 @@ def speed_lines(setup: Setup, speed: Speed, work: Work, link: str, price: float 
         f"({gpu.bandwidth / 1e12:.3g} TB/s){host}",
         f"  links {speed.link_seconds:.2f} s beside it ({link}, {work.link / 1e9:g} GB/s; "
         f"{speed.sent / 1e9:.2f} GB a rank)",
-        f"  {speed.seconds:.2f} s, {tokens:,.0f} tokens/s, {hours:.3g} GPU hours{money}",
+        *needles,
+        f"  {speed.seconds:.2f} s{beside}, {speed.num_tokens / seconds:,.0f} tokens/s, {hours:.3g} GPU hours{money}",
     ]
 
 
@@ -156,7 +162,7 @@ def as_dict(memory: Memory, speed: Speed, gpu: Gpu, choices: list[Choice]) -> di
         "peak_phase": memory.peak_phase,
         "parts": parts,
         "gpu": gpu._asdict(),
-        "step": {**speed._asdict(), "seconds": speed.seconds},
+        "step": {**speed._asdict(), "seconds": speed.seconds, "seconds_with_needles": speed.seconds_with_needles},
         "solve": [
             {"settings": choice.line(), "bytes": round(choice.memory.peak.total), "seconds": choice.seconds}
             for choice in choices

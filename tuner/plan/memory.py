@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from tuner.plan.holding import Held, Sizes, count, hold
 from tuner.plan.setup import Setup
-from tuner.plan.trace import Activations, trace
+from tuner.plan.trace import Activations, Phases, trace
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # of CUDA, cuBLAS and NCCL, beside what torch allocates
@@ -70,7 +70,10 @@ def memory_of(setup: Setup, sizes: Sizes | None = None) -> Memory:
     """Trace the computation, and add what the strategy holds; `sizes` of the model, where they were counted before."""
     sizes = sizes or count(setup)
     activations = trace(setup.computation())
-    phases = phases_of(setup, sizes, hold(setup, sizes), activations)
+    held = hold(setup, sizes)
+    phases = phases_of(setup, sizes, held, activations)
+    if (scoring := setup.scoring()) is not None:
+        phases["needles"] = between_steps(held, trace(scoring).at(scoring.num_layers))
     if not setup.on_cpu:
         phases = {name: with_reserve(parts) for name, parts in phases.items()}
     return Memory(phases, sizes)
@@ -128,6 +131,18 @@ def phases_of(setup: Setup, sizes: Sizes, held: Held, activations: Activations) 
         "backward of the embedding": end,
         "optimizer step": update,
     }
+
+
+def between_steps(held: Held, scoring: Phases) -> Parts:
+    """While documents are scored: no layer keeps anything, and no gradient is there but in buffers that stay."""
+    return Parts(
+        weights=held.weights,
+        gradients=held.gradient if held.is_static else 0.0,
+        optimizer=held.optimizer,
+        working_set=scoring.forward,
+        logits=max(0.0, scoring.loss - scoring.forward),
+        communication=max(held.gathered, held.at_loss),
+    )
 
 
 def with_reserve(parts: Parts) -> Parts:

@@ -16,6 +16,7 @@ from tuner.model.build import build_llm, read_config
 from tuner.model.checkpointing import Choice
 from tuner.parallel.mesh import Degrees, arrange, check_heads, head_counts, read_degrees
 from tuner.plan.known_models import known_model
+from tuner.plan.needles import Passes, passes_of
 from tuner.plan.trace import Computation, Loss
 
 
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
     hybrid: bool = False
     in_backward: bool = False  # the optimizer steps there, a gradient at a time
     offload_directory: str | None = None
+    needles: Passes | None = None
 
     @property
     def stage(self) -> int:
@@ -75,6 +77,18 @@ class Setup(NamedTuple):
             lora=self.lora,
             loss=self.loss,
             kernel="sdpa" if self.on_cpu or not is_lower else "flash",
+        )
+
+    def scoring(self) -> Computation | None:
+        """What is traced of needle passes: nothing is kept for a backward."""
+        if self.needles is None:
+            return None
+        size = self.degrees.size
+        return self.computation()._replace(
+            num_tokens=-(-self.needles.num_tokens // size) * size,
+            checkpointing=False,
+            offload_activations=False,
+            num_scored=-(-self.needles.num_scored // size),
         )
 
 
@@ -115,6 +129,7 @@ def read_setup(config: Any, num_ranks: int, ranks_per_node: int) -> tuple[Setup,
         hybrid=strategy.get("fsdp") == "hybrid",
         in_backward=is_wanted(config.optim_wrapper),
         offload_directory=strategy.get("offload_directory"),
+        needles=passes_of(config),
     )
     return setup, source
 

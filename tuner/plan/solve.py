@@ -124,6 +124,8 @@ def needs_no_more(one: Setup, other: Setup) -> bool:
         return False
     if one.degrees == other.degrees:
         return one.num_tokens <= other.num_tokens
+    if one.needles is not None and one.degrees.size < other.degrees.size:
+        return False
     return 2 * own_tokens(one) <= own_tokens(other) and one.degrees.ring == 1
 
 

@@ -7,6 +7,7 @@ from tuner.model.flops import hardware_flops, model_flops
 from tuner.parallel.mesh import head_counts
 from tuner.plan.gpus import Gpu
 from tuner.plan.holding import Sizes
+from tuner.plan.needles import flops_of_turns
 from tuner.plan.setup import Setup
 from tuner.plan.trace import of_attention, of_layer_input
 
@@ -27,6 +28,13 @@ class Speed(NamedTuple):
     link_seconds: float  # if nothing of it ran beside the computing
     sent: float  # bytes a rank
     host_seconds: float  # that the CPUs and the way to them add, where something is offloaded
+    needle_seconds: float = 0.0  # of all needle passes that come together, every so many steps
+    needle_share: float = 0.0  # of them, those that fall on a step
+
+    @property
+    def seconds_with_needles(self) -> float:
+        """Of a step and its share of the passes."""
+        return self.seconds + self.needle_share
 
     @property
     def seconds(self) -> float:
@@ -52,6 +60,10 @@ def speed_of(setup: Setup, sizes: Sizes, gpu: Gpu, link: float, mean_length: flo
     sent = bytes_sent(setup, sizes)
     stepped = sizes.trained / (setup.num_ranks if setup.holding != "none" else 1)
     is_on_host = "offload_optimizer" in setup.zero
+    needle_seconds = 0.0
+    if setup.needles is not None:
+        of_rank = flops_of_turns(setup.needles, sizes.matmuls, setup.num_ranks, setup.degrees)
+        needle_seconds = of_rank / (gpu.flops * efficiency)
     compute_seconds = computed / (setup.num_ranks * gpu.flops * efficiency)
     return Speed(
         model_flops=model_flops(sizes.matmuls, tokens, squares, tokens),
@@ -62,6 +74,8 @@ def speed_of(setup: Setup, sizes: Sizes, gpu: Gpu, link: float, mean_length: flo
         link_seconds=sent / link,
         sent=sent,
         host_seconds=host_seconds(setup, sizes, compute_seconds),
+        needle_seconds=needle_seconds,
+        needle_share=0.0 if setup.needles is None else needle_seconds / setup.needles.interval,
     )
 
 

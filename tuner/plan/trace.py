@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tuner.method.loss import trained_cross_entropy
+from tuner.method.token_scores import scores_of
 from tuner.model.adapter import LoRA, find_modules, find_targets, inject, set_compute_dtype
 from tuner.model.checkpointing import ATTENTION, Choice, enable_gradient_checkpointing
 from tuner.model.fingerprint import Base
@@ -44,6 +45,7 @@ class Computation(NamedTuple):
     lora: LoRA | None = None
     loss: Loss = "chunked"
     kernel: Literal["flash", "sdpa"] = "flash"
+    num_scored: int | None = None  # labels that are scored in a forward without gradients; None: a step is trained
 
     @property
     def num_layers(self) -> int:
@@ -166,7 +168,7 @@ def build(computation: Computation, num_layers: int) -> PreTrainedModel:
         enable_gradient_checkpointing(llm, computation.checkpointing)
     if computation.tile_tokens is not None:
         tile(llm, computation.tile_tokens)
-    return llm.train()
+    return llm.train(computation.num_scored is None)
 
 
 def hollow(config: PreTrainedConfig, lora: LoRA | None, attention: str = "eager") -> PreTrainedModel:
@@ -204,6 +206,8 @@ def run(llm: PreTrainedModel, computation: Computation, live: LiveBytes) -> Phas
     ids = torch.zeros(1, num_own, dtype=torch.int64)
     batch: dict[str, Any] = {"input_ids": ids, "position_ids": torch.zeros_like(ids), "use_cache": False}
     batch |= {"cu_seqlens": Edges(computation.num_tokens), "max_seqlen": computation.num_tokens}
+    if computation.num_scored is not None:
+        return score(llm, batch, computation, live)
     peaks: dict[str, int] = {}
 
     def reached_the_layers(grad: Tensor) -> None:
@@ -231,6 +235,18 @@ def run(llm: PreTrainedModel, computation: Computation, live: LiveBytes) -> Phas
     end = live.restart()
     peaks.setdefault("backward", end)  # a frozen embedding gets no gradient
     return Phases(peaks["forward"], kept, peaks["loss"], peaks["head"], peaks["backward"], end)
+
+
+@torch.no_grad()
+def score(llm: PreTrainedModel, batch: dict[str, Any], computation: Computation, live: LiveBytes) -> Phases:
+    """A forward, and scores of some labels, after which nothing is left."""
+    live.restart()
+    with torch.autocast("cpu", dtype=computation.autocast, enabled=computation.autocast is not None):
+        hidden = llm.get_decoder()(**batch).last_hidden_state[0]
+        forward = live.restart()
+        rows = slice(computation.num_scored)
+        scores_of(F.linear(hidden[rows], llm.get_output_embeddings().weight), batch["input_ids"][0, rows])
+    return Phases(forward, 0, live.restart(), 0, 0, 0)
 
 
 def loss_of(hidden: Tensor, head: Tensor, labels: Tensor, kind: Loss) -> Tensor:
