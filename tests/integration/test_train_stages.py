@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from transformers import AutoConfig
 
 from tuner.cli import run
@@ -14,6 +15,7 @@ from tuner.config import load
 from tuner.convert.to_hf import convert
 from tuner.demo.files import resolve
 from tuner.engine.assemble import Assembly
+from tuner.engine.curves import draw_shares, shares
 from tuner.engine.schedule import warmup_cosine
 
 NUM_STEPS, BORDERS = 10, (6, 9)  # steps after which a stage begins
@@ -103,6 +105,14 @@ def test_the_ledger_says_what_each_stage_was_asked_for_and_what_it_took(folder: 
             assert all("long.jsonl" in name for name in data.dataset.document_ids(data.sampler.plan(step)))
     of_stage = [number for step in range(6, 9) for pack in data.sampler.of_all_ranks(step).packs for number in pack]
     lengths = np.array([data.dataset.shards.lengths[number] for number in of_stage])
+    names, asked, came = zip(*shares(ledger))
+    heads = [name for name in names if not name.startswith("of it ")]
+    assert heads == ["stage 1, 6 x 128", "stage 2, 3 x 256", "stage 3, 1 x 256"]
+    axes = Figure().add_subplot()
+    draw_shares(axes, shares(ledger))
+    assert [bar.get_width() for bars in axes.containers for bar in bars] == [*came, *asked]
+    assert set(came) >= {stage["share"] for stage in told}
+    assert set(asked) >= {stage["asked"] for stage in told}
     by_length = [part["share"] for part in told[1]["parts"]]
     parts = [lengths[lengths <= 60].sum(), lengths[lengths > 60].sum()]
     assert by_length == pytest.approx([part / lengths.sum() for part in parts])
