@@ -186,7 +186,8 @@ def test_each_stage_is_warned_of_by_its_own_length_and_settings(
     }
     with caplog.at_level(logging.WARNING, logger="tuner"):
         warn_of_length(config)
-    assert [record.message.split(" that")[0] for record in caplog.records] == [
+    assert [record.message.split(" that")[0].split(". ")[0] for record in caplog.records] == [
+        "stages[3] sets no rope_theta: after 1000000.0 in stages[2] it is the model's own again",
         "stages[1]: max_length = 128 is more than the 64 positions",
         "stages[4]: max_length = 256 is more than the 128 positions",
     ]

@@ -123,6 +123,15 @@ def test_ranks_that_a_stage_leaves_without_a_pack_are_told_of(capsys: pytest.Cap
         assert f"tokens_per_step = {len(batches) * made.stages[place].max_length} " in line
 
 
+def test_four_million_tokens_a_step_are_as_many_whatever_the_length() -> None:
+    """README's curriculum on 32 ranks of 4 packs: 90, 9 and 1 % of 10,000 steps."""
+    shares = {0.9: 4096, 0.09: 32768, 0.01: 32768}
+    read = read_stages([{"max_length": length, "share": share} for share, length in shares.items()])
+    planned = spans(read, 10_000, 32 * 4 * 32768)
+    assert planned == [(0, 9000, 1024), (9000, 900, 128), (9900, 100, 128)]
+    assert {span.packs_per_step * stage.max_length for span, stage in zip(planned, read)} == {1 << 22}
+
+
 def test_a_stage_takes_each_document_once_before_any_comes_again() -> None:
     made = staged()
     span = made.spans[0]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from tuner.configs.strategy_rules import complaints, is_here
@@ -20,12 +21,14 @@ def wrong_rope(rope: Mapping[str, Any]) -> list[str]:
 
 
 def warn_of_length(config: Mapping[str, Any]) -> None:
-    """Log the remedy where documents may be longer than the model's rotary embedding is meant for.
+    """Log the remedy where documents may be longer than the model's rotary embedding is meant for, or a base returns.
 
     Models are looked at whose config.json lies on this disk.
     """
     loader = config.get("train_dataloader") or {}
     given = config.get("rope") or {}
+    for lapse in returns(loader, given):
+        logger.warning(lapse)
     try:
         paths = list(model_paths(config.get("model")))
     except ImportError:
@@ -39,6 +42,20 @@ def warn_of_length(config: Mapping[str, Any]) -> None:
             text = beyond_reach(replace_rope(own, rope), length)
             if text:
                 logger.warning(name + text)
+
+
+def returns(loader: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """What to say of stages that leave out a setting of the stage before: the whole run's is in use again."""
+    stages = [] if loader.get("stages") is None else read_stages(loader["stages"])
+    for place, (before, stage) in enumerate(pairwise(stages)):
+        for name in ("theta", "scaling"):
+            earlier, own = (getattr(each, f"rope_{name}") for each in (before, stage))
+            if own is None and earlier not in (None, given.get(name)):
+                now = "the model's own" if given.get(name) is None else repr(given[name])
+                yield (
+                    f"stages[{place + 1}] sets no rope_{name}: after {earlier!r} in stages[{place}] it is {now} again. "
+                    "Repeat it there, unless that is meant."
+                )
 
 
 def longest_turns(loader: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, Rope, int]]:
