@@ -142,6 +142,24 @@ def test_a_copy_of_each_checkpoint_is_kept_elsewhere_and_a_full_disk_there_is_a_
     assert len(list_checkpoints(tmp_path / "other")) == 2
 
 
+def test_a_disk_for_copies_that_hangs_is_a_warning_at_the_end_of_the_run(tmp_path, capsys, monkeypatch):
+    answers, copyfile = threading.Event(), shutil.copyfile
+
+    def hang(*paths):
+        assert answers.wait(60)
+        return copyfile(*paths)
+
+    monkeypatch.setattr(checkpoints.shutil, "copyfile", hang)
+    hooks = [CheckpointHook(interval=3, copy_to=str(tmp_path / "cold"))]
+    make_runner(tmp_path / "run", hooks=hooks, loop={"rank_timeout": 0.2}).train()
+    told = capsys.readouterr().out
+    assert "step_00000006 is still not copied to" in told
+    assert f"The checkpoint is whole in {tmp_path / 'run' / 'checkpoints'}" in told
+    assert list_checkpoints(tmp_path / "cold" / "run") == []
+    verify_checkpoint(list_checkpoints(tmp_path / "run")[-1])
+    answers.set()
+
+
 def test_the_best_by_the_mean_loss_since_the_one_before_and_every_fourth_step_stay(tmp_path):
     """Token-weighted means, from the log of each step; a resumed run has those of the uninterrupted one."""
     hooks = [MetricsHook(), CheckpointHook(interval=2, keep=None)]

@@ -4,7 +4,10 @@ import threading
 from pathlib import Path
 
 from tuner.engine.checkpoint import checkpoints_directory, copy_checkpoint
+from tuner.engine.hung_save import SLOWEST_DISK
 from tuner.errors import UserError
+
+COPIES_AT_THE_END = 2  # the one that is under way, and that of the last checkpoint
 
 
 class ColdStorage:
@@ -40,12 +43,30 @@ class ColdStorage:
         said, self._said = self._said, []
         return said
 
-    def finish(self, checkpoint: Path | None = None) -> None:
-        """Wait for the copy that is under way, and see to it that the run's last checkpoint has one."""
-        if self._thread is not None:
-            self._thread.join()
-        if self.home is not None and checkpoint is not None and not (self.home / checkpoint.name).exists():
-            self._copy(checkpoint, self.home)
+    def finish(self, checkpoint: Path | None, *, timeout: float) -> None:
+        """Wait for the copy that is under way, and see to it that the run's last checkpoint has one.
+
+        A disk that does not answer is waited for `timeout` seconds and as long as SLOWEST_DISK takes for the bytes, and
+        is a warning then: the checkpoint itself is there.
+        """
+        if self.home is None or checkpoint is None:
+            return
+        last = threading.Thread(target=self._finish, args=(checkpoint, self.home, self._thread), daemon=True)
+        last.start()
+        num_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*"))
+        limit = timeout + COPIES_AT_THE_END * num_bytes / SLOWEST_DISK
+        last.join(limit)
+        if last.is_alive():
+            self._said.append(
+                f"warning: after {limit:.0f} s {checkpoint.name} is still not copied to {self.home}. Does that disk "
+                f"answer? The checkpoint is whole in {checkpoint.parent}: copy it from there."
+            )
+
+    def _finish(self, checkpoint: Path, home: Path, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        if not (home / checkpoint.name).exists():
+            self._copy(checkpoint, home)
 
     def _copy(self, checkpoint: Path, home: Path) -> None:
         try:

@@ -122,7 +122,8 @@ class CheckpointHook(Hook):
         with runner.strategy.progress.during(CHECKPOINT):
             self._settle(runner, is_last=True)
             if runner.strategy.world.is_first:
-                self.cold.finish(next(reversed(list_checkpoints(Path(runner.work_dir))), None))
+                newest = next(reversed(list_checkpoints(Path(runner.work_dir))), None)
+                self.cold.finish(newest, timeout=runner.train_loop.rank_timeout)
             gather_objects(None, runner.strategy.world)  # nobody ends before the copy is there
         self._tell(runner)
 
