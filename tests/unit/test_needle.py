@@ -1,7 +1,7 @@
 """Needles: documents are as asked for, and their scores are those of transformers' own unpacked pass."""
 
 import json
-import warnings
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -108,11 +108,12 @@ def test_what_greedy_decoding_writes_counts_as_found_by_both_forms(model):
         assert [row[column] for row in scored(llm, documents, mode="generate")] == [1.0, 0.5]
 
 
-def test_the_command_writes_all_cells_and_the_picture_once(model, tmp_path):
+def test_the_command_writes_all_cells_and_the_picture_once(model, tmp_path, caplog):
     out = tmp_path / "out"
     command = ["evaluate", "needle", str(model), "--lengths", "160,300", "--depths", "0,50", "--out", str(out)]
-    with pytest.warns(UserWarning, match=r"--lengths: 300 tokens are more than the 256 positions.*rope_theta = "):
-        result = CliRunner().invoke(cli, [*command, "--mode", "generate"], catch_exceptions=False)
+    result = CliRunner().invoke(cli, [*command, "--mode", "generate"], catch_exceptions=False)
+    [text] = [record.message for record in caplog.records if record.name == "tuner"]
+    assert re.match(r"--lengths: 300 tokens are more than the 256 positions.*rope_theta = ", text)
     rows = json.loads((out / "needle.json").read_text())
     assert len(rows) == 2 * 2 * 2
     assert {row["language"] for row in rows} == {"en", "zh"}
@@ -147,17 +148,18 @@ def test_a_config_hears_of_every_mistake_about_needles(tmp_path, monkeypatch):
     assert wrong_needles({}, [(NeedleGrid, {})]) == []
 
 
-def test_lengths_are_held_against_what_rotary_settings_reach_and_learned_positions_have():
+def test_lengths_are_held_against_what_rotary_settings_reach_and_learned_positions_have(caplog):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 256}
     linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     yarn = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 256}
     reaches = {1024: LlamaConfig(**sizes, rope_parameters=linear), 2048: LlamaConfig(**sizes, rope_parameters=yarn)}
     for reached, config in reaches.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warn_of_length(SimpleNamespace(config=config), reached, "--lengths")
-        with pytest.warns(UserWarning, match=rf"{reached + 1:,} tokens are more than the {reached:,} positions.*yarn"):
-            warn_of_length(SimpleNamespace(config=config), reached + 1, "--lengths")
+        warn_of_length(SimpleNamespace(config=config), reached, "--lengths")
+        assert not caplog.records
+        warn_of_length(SimpleNamespace(config=config), reached + 1, "--lengths")
+        text = rf"{reached + 1:,} tokens are more than the {reached:,} positions.*yarn"
+        assert [bool(re.search(text, record.message)) for record in caplog.records] == [True]
+        caplog.clear()
     with pytest.raises(UserError, match=r"--lengths: 300 tokens, but .* has learned positions for 256"):
         warn_of_length(SimpleNamespace(config=GPT2Config(n_positions=256)), 300, "--lengths")
 

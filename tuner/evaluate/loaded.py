@@ -1,7 +1,7 @@
 """A model to be measured: loaded as `tuner chat` loads it, in a method that scores packed documents."""
 
+import logging
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ from tuner.model.tokenizer import check_vocabulary
 from tuner.new_files import check_new
 
 T = TypeVar("T")
+
+logger = logging.getLogger("tuner")
 
 
 def refuse_overwriting(out: Path, names: Sequence[str]) -> None:
@@ -50,10 +52,9 @@ def warn_of_length(llm: PreTrainedModel, longest: int, option: str) -> None:
     except UserError:
         return  # none, or one for each kind of layer
     if longest > reach(own):
-        warnings.warn(
+        logger.warning(
             f"{option}: {longest:,} tokens are {over(own)} Expect little beyond them; to train at that length, set "
-            f"{remedy(own, longest)}.",
-            stacklevel=2,
+            f"{remedy(own, longest)}."
         )
 
 
