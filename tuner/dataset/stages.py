@@ -5,7 +5,7 @@ from itertools import accumulate
 from math import inf
 from typing import Any, NamedTuple
 
-from tuner.dataset.sources import DataPath
+from tuner.dataset.sources import DataPath, as_entries
 from tuner.errors import UserError
 from tuner.nearest import did_you_mean_or_all
 
@@ -66,15 +66,11 @@ def read_stages(stages: object) -> list[Stage]:
 def without_paths(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Stages as a config writes them but for where their files lie, which their content has to make up for."""
     return [
-        {**stage, "data_path": [_without_path(entry) for entry in _entries(stage["data_path"])]}
+        {**stage, "data_path": [_without_path(entry) for entry in as_entries(stage["data_path"])]}
         if stage.get("data_path") is not None
         else dict(stage)
         for stage in stages
     ]
-
-
-def _entries(path: DataPath) -> Sequence[str | Mapping[str, Any]]:
-    return [path] if isinstance(path, str | Mapping) else path
 
 
 def _without_path(entry: str | Mapping[str, Any]) -> dict[str, Any]:
